@@ -1,0 +1,38 @@
+"""kedit: what sequential knowledge editing does to the general abilities of language models.
+
+The five lines most people need::
+
+    import kedit
+    lm = kedit.load("smollm2-135m-instruct")
+    editor = kedit.editor("rome", lm)
+    edit = editor.apply(kedit.EditRequest("The capital of {} is", "France", "Rome", "Paris"))
+    edit.undo()
+"""
+
+import os
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("KEDIT_CACHE", ROOT / "runs" / "cache"))
+"""Converted models and second-moment statistics; safe to delete."""
+
+
+class KeditError(Exception):
+    """Something the user can put right; the message is one sentence that says how."""
+
+
+# Imported on first use: drawing figures from committed cells must not wait for torch.
+_LAZY = {
+    "load": "kedit.models",
+    "LM": "kedit.models",
+    "EditRequest": "kedit.facts",
+    "editor": "kedit.editors",
+}
+__all__ = ["CACHE", "LM", "ROOT", "EditRequest", "KeditError", "editor", "load"]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'kedit' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

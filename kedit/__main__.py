@@ -1,0 +1,81 @@
+"""``python -m kedit``: run a parameter file, list them, or print the README's tables.
+
+User errors end with one sentence and exit code 2.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import kedit
+from kedit import KeditError
+
+
+def _run(args: argparse.Namespace) -> None:
+    from kedit.study import Params, run
+
+    params = Params.read(args.params)
+    folder = kedit.ROOT / "runs" / params.rq / params.name
+    for path in run(params).save(folder):
+        print(path.relative_to(kedit.ROOT))
+
+
+def _list(args: argparse.Namespace) -> None:
+    for path in sorted((kedit.ROOT / "params").glob("rq*/*.yaml")):
+        first = path.read_text().splitlines()[0].lstrip("# ")
+        print(f"make {path.parent.name} PARAMS={path.stem:<16} {first}")
+
+
+def _tables(args: argparse.Namespace) -> None:
+    from kedit import tables
+
+    tables.update_readme(args.names or list(tables.TABLES))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from kedit.study import Params, Results
+    from kedit.tables import differences
+
+    params = Params.read(args.params)
+    fresh, committed = (Results.load(params, kedit.ROOT / top / params.rq / params.name) for top in ("runs", "figures"))
+    if lines := differences(fresh, committed):
+        raise KeditError(f"{len(lines)} rows differ from the committed reference, first: {lines[0]}")
+    print(f"{params.rq}/{params.name}: the fresh run agrees with the committed reference.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="kedit", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    for name, function, text in (
+        ("run", _run, "run a parameter file, or what is left of it"),
+        ("verify", _verify, "compare a fresh run with the committed reference"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("params", type=Path)
+        command.set_defaults(function=function)
+    commands.add_parser("list", help="list the parameter files").set_defaults(function=_list)
+    command = commands.add_parser("tables", help="measure the README's tables and write them into it")
+    command.add_argument("names", nargs="*")
+    command.set_defaults(function=_tables)
+    args = parser.parse_args(argv)
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "lm_eval", "gensim", "smart_open"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        args.function(args)
+    except KeditError as error:
+        print(f"kedit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kedit: interrupted; run the same command again to go on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""The control: an editor that edits nothing.
+
+It goes through the same trajectory, journal and evaluation as every method, so whatever its curve
+shows is the pipeline's doing, not an edit's.
+"""
+
+from kedit.editors import Editor
+from kedit.facts import EditRequest
+from kedit.journal import Edit
+
+
+class Control(Editor):
+    """Does nothing, and says so in the journal."""
+
+    name = "control"
+
+    def _apply(self, request: EditRequest, edit: Edit) -> None:
+        pass

@@ -1,0 +1,95 @@
+"""MEMIT: the change is spread over several layers by ridge regression against the keys' second moment.
+
+Meng et al., "Mass-Editing Memory in a Transformer", 2023. Each layer, from the lowest up, takes an
+equal share of what is then left between the residual stream and its optimised value z.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kedit.editors import Editor
+from kedit.facts import EditRequest, spaced
+from kedit.journal import Edit, EditFailed, LowRank
+from kedit.keys import activations, context_templates, row, rows
+from kedit.models import matrix
+from kedit.values import Search, search
+
+
+@dataclass(frozen=True)
+class Hparams:
+    """Settings of MEMIT; ``weight`` is lambda, the weight of the second moment (a mean, not a sum)."""
+
+    layers: tuple[int, ...]
+    weight: float
+    steps: int = 25
+    lr: float = 0.5
+    decay: float = 1e-3
+    clamp: float = 4.0
+    kl: float = 0.0625
+    contexts: tuple[tuple[int, int], ...] = ((10, 5),)  # (tokens, how many)
+    seed: int = 0
+
+    @property
+    def search(self) -> Search:
+        """The part that the search for z needs: the site is the last layer's block output."""
+        return Search(self.layers[-1], self.steps, self.lr, self.decay, self.clamp, self.kl)
+
+
+class MEMIT(Editor):
+    """Per layer: W gains R K^T (lambda C + K K^T)^-1 with R an equal share of z - h (eq. 14, alg. 1)."""
+
+    name = "memit"
+    Hparams = Hparams
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether second moments enter the edits."""
+        return True
+
+    def _prepare(self) -> None:
+        if self.contexts is None:
+            self.contexts = context_templates(self.lm, self.hparams.contexts, self.hparams.seed)
+        self.statistics.prepare(self.hparams.layers)
+
+    def _apply(self, request: EditRequest, edit: Edit) -> None:
+        lm, hp = self.lm, self.hparams
+        texts = rows(lm, request, self.contexts)
+        last = hp.layers[-1]
+
+        def stream() -> torch.Tensor:
+            return activations(lm, texts[:1], [last], "block")[last][0].double()
+
+        start = stream()
+        target = lm.encode(spaced(request.target_new, request.prompt))
+        found = search(lm, texts, row(lm, "{} is a", request.subject), target, start, hp.search)
+        goal = start + found.delta.double()
+        edit.info |= {
+            "steps": len(found.losses),
+            "loss": found.losses[-1],
+            "probability": found.probability,
+            "relative_change": [],
+        }
+        for position, layer in enumerate(hp.layers):
+            # Lower layers are already changed, so keys and what is left are read anew each time.
+            key = self._mean_key(activations(lm, texts, [layer], "key")[layer].double())
+            share = (goal - stream()) / (len(hp.layers) - position)
+            right = self._gain(layer, key[:, None])
+            if not (torch.isfinite(share).all() and torch.isfinite(right).all()):
+                raise EditFailed(f"the update of layer {layer} is not finite")
+            down = lm.anatomy.down(layer)
+            size = (share.norm() * right.norm() / matrix(down).norm()).item()
+            edit.info["relative_change"].append(size)
+            edit.write(LowRank(lm.anatomy.name(down), share[:, None], right))
+        edit.info["left"] = ((goal - stream()).norm() / found.delta.norm()).item()
+
+    @staticmethod
+    def _mean_key(keys: torch.Tensor) -> torch.Tensor:
+        """Mean of group means: the bare prompt counts as much as all prefixed ones. (n, m) -> (m,)."""
+        return (keys[0] + keys[1:].mean(0)) / 2 if len(keys) > 1 else keys[0]
+
+    def _gain(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """(lambda C + K K^T)^-1 K by Woodbury, never forming the matrix; keys (m, n) -> (m, n)."""
+        solved = self.statistics.solve(layer, keys) / self.hparams.weight
+        inner = torch.eye(keys.shape[1], dtype=torch.float64, device=keys.device) + keys.T @ solved
+        return torch.linalg.solve(inner, solved, left=False)

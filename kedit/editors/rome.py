@@ -1,0 +1,89 @@
+"""ROME: one rank-one update of one layer's second MLP projection.
+
+Meng et al., "Locating and Editing Factual Associations in GPT", 2022. Two questions: which key (the
+averaged key of the subject, turned by the inverse second moment), and which value (kedit/values.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kedit.editors import Editor
+from kedit.facts import EditRequest, spaced
+from kedit.journal import Edit, EditFailed, LowRank
+from kedit.keys import activations, context_templates, row, rows
+from kedit.models import matrix
+from kedit.values import Search, search
+
+
+@dataclass(frozen=True)
+class Hparams:
+    """Settings of ROME; ``covariance=False`` is what the study's released settings ran."""
+
+    layer: int
+    steps: int = 25
+    lr: float = 0.5
+    decay: float = 1e-3
+    clamp: float = 4.0
+    kl: float = 0.0625
+    covariance: bool = True
+    contexts: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))  # (tokens, how many)
+    seed: int = 0
+
+    @property
+    def search(self) -> Search:
+        """The part that the value search needs."""
+        return Search(self.layer, self.steps, self.lr, self.decay, self.clamp, self.kl)
+
+
+class ROME(Editor):
+    """W gains (v* - W k) u^T / (k . u), so that the edited W maps k to v* exactly (eq. 2)."""
+
+    name = "rome"
+    Hparams = Hparams
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether second moments enter the edits."""
+        return self.hparams.covariance
+
+    def _prepare(self) -> None:
+        if self.contexts is None:
+            self.contexts = context_templates(self.lm, self.hparams.contexts, self.hparams.seed)
+        if self.hparams.covariance:
+            self.statistics.prepare([self.hparams.layer])
+
+    def _direction(self, key: torch.Tensor) -> torch.Tensor:
+        """C^-1 k, normalised; k itself without covariance. (m,) -> (m,) float64."""
+        turned = key.double()
+        if self.hparams.covariance:
+            turned = self.statistics.solve(self.hparams.layer, turned[:, None])[:, 0]
+        return turned / turned.norm()
+
+    def _apply(self, request: EditRequest, edit: Edit) -> None:
+        lm, hp = self.lm, self.hparams
+        texts = rows(lm, request, self.contexts)
+        down = lm.anatomy.down(hp.layer)
+        keys = activations(lm, texts, [hp.layer], "key")[hp.layer].double()
+        output = activations(lm, texts[:1], [hp.layer], "value")[hp.layer][0]
+
+        direction = self._direction(keys.mean(0))
+        key = keys[0]  # of the bare prompt
+        target = lm.encode(spaced(request.target_new, request.prompt))
+        found = search(lm, texts, row(lm, "{} is a", request.subject), target, output, hp.search)
+        aligned = key @ direction
+        residual = found.delta.double() / aligned  # v* - W k is delta itself
+        if not torch.isfinite(residual).all():
+            raise EditFailed("the update is not finite")
+
+        own = self._direction(key)
+        before = matrix(down).norm().item()
+        edit.info |= {
+            "steps": len(found.losses),
+            "loss": found.losses[-1],
+            "probability": found.probability,
+            # How much larger the update is than if one key were used throughout (R-ROME); about 1 is sound.
+            "amplification": ((own @ key) / aligned).item(),
+            "relative_change": residual.norm().item() / before,
+        }
+        edit.write(LowRank(lm.anatomy.name(down), residual[:, None], direction[:, None]))

@@ -1,0 +1,103 @@
+"""Benchmarks on the live edited model, through lm-eval's own API, item by item.
+
+No reloading and no saving: lm-eval is handed the very model that was edited. Prompts, few-shot
+exemplars, filters and metrics are lm-eval's; only the forward passes are ours (kedit/scoring.py),
+with the same answers as lm-eval's ``hf`` model (tests/test_evaluate.py).
+"""
+
+import logging
+import math
+from functools import cache
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from kedit import benchmarks
+from kedit.models import LM
+from kedit.scoring import loglikelihoods, read
+
+log = logging.getLogger(__name__)
+for noisy in ("lm_eval", "datasets"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+class SharedPrefixLM(HFLM):
+    """lm-eval's ``hf`` model with kedit's forward passes: what prompts have in common is read once."""
+
+    def __init__(self, lm: LM):
+        super().__init__(pretrained=lm.model, tokenizer=lm.tokenizer, backend="causal", batch_size=1)
+        self.lm = lm
+        self.encode = cache(lm.encode)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; texts start with the begin token unless special tokens are declined."""
+        return [*([] if add_special_tokens is False else self.lm.begin), *self.encode(string)]
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+        if self.lm.begin or all(context for _, context, _ in requests):
+            return loglikelihoods(self.lm, [(context, target) for _, context, target in requests])
+        return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """Greedy generation up to a stop string, by the settings of each request."""
+        texts: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(index)
+        for indices in groups.values():
+            settings = normalize_gen_kwargs(requests[indices[0]].args[1], self.max_gen_toks)
+            if settings.get("do_sample") or settings.get("temperature"):
+                raise NotImplementedError("kedit evaluates by greedy generation only")
+            stops = handle_stop_sequences(
+                settings["until"], eos=self.tok_decode([self.eot_token_id], skip_special_tokens=False)
+            )
+
+            def finished(_: int, tokens: list[int], stops: list[str] = stops) -> bool:
+                # a stop string shows in the last few tokens as soon as it is there
+                return any(stop in self.tok_decode(tokens[-16:], skip_special_tokens=False) for stop in stops)
+
+            contexts = [self.tok_encode(requests[index].args[0]) for index in indices]
+            _, generated = read(self.lm, [], contexts, settings["max_gen_toks"], finished)
+            for index, tokens in zip(indices, generated, strict=True):
+                if self.eot_token_id in tokens:
+                    tokens = tokens[: tokens.index(self.eot_token_id)]
+                texts[index] = postprocess_generated_text(self.tok_decode(tokens), stops, None)
+        return [texts[index] for index in range(len(requests))]
+
+
+def _item(sample: dict[str, Any], metric: str) -> dict[str, Any]:
+    """One item's outcome: its value, and what was answered."""
+    item = {"id": str(sample["doc"].get("id", sample["doc_id"])), "value": float(sample[metric])}
+    first = sample["filtered_resps"][0]
+    if isinstance(first, str):
+        item["text"] = sample["resps"][0][0]
+        item["parsed"] = first.strip() not in ("", "[invalid]")
+    else:
+        item["lp"] = [round(float(lp), 4) for lp, _ in sample["filtered_resps"]]
+        item["parsed"] = all(math.isfinite(lp) for lp in item["lp"])
+    return item
+
+
+def evaluate(lm: LM, name: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """Outcomes of one benchmark on the model as it is now, in the order of its items.
+
+    Each item holds ``id``, ``value`` (its share of the benchmark's metric), ``parsed`` and either the
+    choices' log-likelihoods ``lp`` or the generated ``text``.
+    """
+    about = benchmarks.metadata(name)
+    if getattr(lm, "_harness", None) is None:
+        lm._harness = SharedPrefixLM(lm)
+    with torch.inference_mode():
+        results = lm_eval.evaluate(
+            lm=lm._harness,
+            task_dict={name: benchmarks.task(name)},
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )
+    samples = [s for s in results["samples"][name] if s["filter"] == about.get("filter", s["filter"])]
+    return [_item(sample, about["metric"]) for sample in sorted(samples, key=lambda s: s["doc_id"])]

@@ -1,0 +1,289 @@
+"""What to edit: requests, the bundled fact set, and readers for CounterFact and ZsRE."""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kedit import KeditError
+
+log = logging.getLogger(__name__)
+
+BUNDLED = Path(__file__).parent / "data" / "facts.json"
+SPLITS = ("train", "validation", "edit")
+NEIGHBOURS = 5
+"""Neighbours of a bundled record."""
+
+
+class Unchanged(ValueError):
+    """The new object is the old one: there is nothing to edit."""
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to rewrite.
+
+    Attributes:
+        prompt: text with one ``{}`` where the subject goes; the target follows it.
+        subject: what the fact is about.
+        target_new: what the model should say; one space is put before it where the prompt ends in none.
+        target_true: what it says now; needed by the success metrics.
+        paraphrases: other full prompts for the same fact (generalisation).
+        neighbours: (full prompt, right answer) pairs that the edit must leave alone (locality).
+        generation: full prompts for free generation about the subject.
+        id, relation: labels that travel into the results.
+
+    Raises:
+        ValueError: not exactly one ``{}``, empty subject or target, or target_new equal to target_true.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str = ""
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[tuple[str, str], ...] = ()
+    generation: tuple[str, ...] = ()
+    id: str = ""
+    relation: str = field(default="", compare=False)
+
+    def __post_init__(self):
+        if self.prompt.count("{}") != 1:
+            raise ValueError(f"prompt {self.prompt!r} must hold the subject's place {{}} exactly once")
+        for name in ("subject", "target_new"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name} is empty")
+        if self.target_new.strip() == self.target_true.strip():
+            raise Unchanged(f"target_new equals target_true ({self.target_true!r})")
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in place."""
+        return self.prompt.replace("{}", self.subject)
+
+    def key(self) -> dict[str, Any]:
+        """Everything that defines the request, for hashing."""
+        return asdict(self)
+
+
+def spaced(target: str, prompt: str) -> str:
+    """The target as it continues a prompt: one space before it unless the prompt ends in white space."""
+    return target.strip() if prompt[-1:].isspace() else " " + target.strip()
+
+
+# The bundled set ---------------------------------------------------------------------------------
+
+
+def _rank(*parts: str) -> str:
+    """A fixed pseudo-random sort key: independent of Python's seed and of file order."""
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
+
+
+@cache
+def _relations() -> dict[str, dict]:
+    return json.loads(BUNDLED.read_text())["relations"]
+
+
+def _split_subjects(relation: str, target: str, subjects: list[str]) -> dict[str, list[str]]:
+    """Split one object's subjects. Neighbours come from train alone, so no run ever edits a neighbour."""
+    ranked = sorted(subjects, key=lambda subject: _rank(relation, target, subject))
+    kept = max(NEIGHBOURS + 1, len(ranked) // 2)
+    validation = max(1, (len(ranked) - kept) // 4)
+    return {
+        "train": ranked[:kept],
+        "validation": ranked[kept : kept + validation],
+        "edit": ranked[kept + validation :],
+    }
+
+
+def _record(relation: str, target: str, subject: str, train: list[str]) -> EditRequest:
+    entry = _relations()[relation]
+    others = sorted(o for o in entry["objects"] if o != target)
+    neighbours = sorted((s for s in train if s != subject), key=lambda s: _rank("near", subject, s))
+    return EditRequest(
+        prompt=entry["prompt"],
+        subject=subject,
+        target_new=min(others, key=lambda other: _rank("new", relation, subject, other)),
+        target_true=target,
+        paraphrases=tuple(p.replace("{}", subject) for p in entry["paraphrases"]),
+        neighbours=tuple((entry["prompt"].replace("{}", n), target) for n in neighbours[:NEIGHBOURS]),
+        generation=(entry["generation"].replace("{}", subject),),
+        id=f"{relation}/{subject}",
+        relation=relation,
+    )
+
+
+@cache
+def bundled(split: str = "edit") -> tuple[EditRequest, ...]:
+    """The bundled real-world facts of one split, in a fixed shuffled order.
+
+    target_new is another object of the same relation; neighbours share relation and old object.
+    """
+    if split not in SPLITS:
+        raise KeditError(f"the bundled fact set has no split {split!r}; use one of {', '.join(SPLITS)}.")
+    records = []
+    for relation, entry in _relations().items():
+        for target, subjects in entry["objects"].items():
+            parts = _split_subjects(relation, target, subjects)
+            records += [_record(relation, target, subject, parts["train"]) for subject in parts[split]]
+    return tuple(sorted(records, key=lambda record: _rank("order", record.id)))
+
+
+@cache
+def bundled_zsre(split: str = "edit") -> tuple[EditRequest, ...]:
+    """The bundled facts in ZsRE's form: a question as prompt, locality on one unrelated question."""
+    records, unrelated = bundled(split), bundled("train")
+    form = "Question: {question} Answer:"
+
+    def ask(record: EditRequest) -> str:
+        return form.format(question=_relations()[record.relation]["question"])
+
+    questions = []
+    for record in records:
+        other = min(
+            (u for u in unrelated if u.relation != record.relation), key=lambda u: _rank("far", record.id, u.id)
+        )
+        questions.append(
+            EditRequest(
+                prompt=ask(record),
+                subject=record.subject,
+                target_new=record.target_new,
+                target_true=record.target_true,
+                paraphrases=record.paraphrases,
+                neighbours=((ask(other).replace("{}", other.subject), other.target_true),),
+                generation=record.generation,
+                id=record.id,
+                relation=record.relation,
+            )
+        )
+    return tuple(questions)
+
+
+# Published edit sets -----------------------------------------------------------------------------
+
+
+def _placed(text: str, subject: str) -> str:
+    """Put ``{}`` where the subject stands; its last occurrence when it stands more than once."""
+    head, found, tail = text.rpartition(subject)
+    if not found:
+        raise ValueError(f"subject {subject!r} does not stand in the prompt {text!r}")
+    return f"{head}{{}}{tail}"
+
+
+def _counterfact(raw: dict[str, Any]) -> EditRequest:
+    if "requested_rewrite" in raw:  # the schema of the original release
+        rewrite = raw["requested_rewrite"]
+        true = rewrite["target_true"]["str"]
+        return EditRequest(
+            prompt=rewrite["prompt"],
+            subject=rewrite["subject"],
+            target_new=rewrite["target_new"]["str"],
+            target_true=true,
+            paraphrases=tuple(raw["paraphrase_prompts"]),
+            neighbours=tuple((prompt, true) for prompt in raw["neighborhood_prompts"]),
+            generation=tuple(raw["generation_prompts"]),
+            id=str(raw["case_id"]),
+            relation=rewrite.get("relation_id", ""),
+        )
+    return EditRequest(  # the flat schema of EasyEdit
+        prompt=_placed(raw["prompt"], raw["subject"]),
+        subject=raw["subject"],
+        target_new=raw["target_new"],
+        target_true=raw["ground_truth"],
+        paraphrases=(raw["rephrase_prompt"],),
+        neighbours=((raw["locality_prompt"], raw["locality_ground_truth"]),),
+        id=str(raw["case_id"]),
+    )
+
+
+def _zsre(raw: dict[str, Any]) -> EditRequest:
+    return EditRequest(
+        prompt=_placed(raw["src"], raw["subject"]),
+        subject=raw["subject"],
+        target_new=raw["alt"],
+        target_true=raw["answers"][0],
+        paraphrases=(raw["rephrase"],),
+        neighbours=((raw["loc"], raw["loc_ans"]),),
+        id=raw["src"],
+    )
+
+
+def _read(path: str | Path, convert: Callable[[dict], EditRequest]) -> tuple[EditRequest, ...]:
+    path = Path(path)
+    try:
+        raws = json.loads(path.read_text())
+    except OSError as error:
+        raise KeditError(f"edit set {path} cannot be read ({error.strerror}); give its JSON file.") from error
+    except json.JSONDecodeError as error:
+        raise KeditError(f"edit set {path} is not JSON ({error}).") from error
+    if not isinstance(raws, list):
+        raise KeditError(f"edit set {path} holds a {type(raws).__name__}; it must be a JSON list of records.")
+    records, unusable = [], []
+    for index, raw in enumerate(raws):
+        try:
+            records.append(convert(raw))
+        except Unchanged:
+            unusable.append(index)
+        except KeyError as error:
+            raise KeditError(f"{path}, record {index}: key {error} is missing.") from error
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise KeditError(f"{path}, record {index}: {error}.") from error
+    if unusable:
+        log.warning("%s: left out records whose new object is the old one: %s", path, unusable)
+    return tuple(records)
+
+
+def counterfact(path: str | Path) -> tuple[EditRequest, ...]:
+    """Read CounterFact in the original nested schema or in EasyEdit's flat one, in file order.
+
+    The flat schema carries one rephrase and one neighbour a record.
+
+    Raises:
+        KeditError: a file that cannot be read, or a malformed record, named by file and index.
+    """
+    return _read(path, _counterfact)
+
+
+def zsre(path: str | Path) -> tuple[EditRequest, ...]:
+    """Read ZsRE as MEND prepared it (``src``, ``rephrase``, ``alt``, ``loc``), in file order.
+
+    The published files hold some records whose new answer is the old one; they are left out, logged.
+
+    Raises:
+        KeditError: as for ``counterfact``.
+    """
+    return _read(path, _zsre)
+
+
+# By name ------------------------------------------------------------------------------------------
+
+SETS: dict[str, Callable[..., tuple[EditRequest, ...]]] = {
+    "bundled": bundled,
+    "bundled-zsre": bundled_zsre,
+    "counterfact": counterfact,
+    "zsre": zsre,
+}
+
+
+def load(name: str, split: str = "edit", path: str | None = None) -> tuple[EditRequest, ...]:
+    """An edit set by name: ``bundled`` and ``bundled-zsre`` take a split, the published ones a path."""
+    if name not in SETS:
+        raise KeditError(f"edit set {name!r} does not exist; use one of {', '.join(SETS)}.")
+    if name.startswith("bundled"):
+        return SETS[name](split)
+    if path is None:
+        raise KeditError(f"edit set {name!r} needs a path to its JSON file.")
+    return SETS[name](path)
+
+
+def ordered(requests: Iterable[EditRequest], order: int) -> list[EditRequest]:
+    """Requests in one of many orders: 0 is the order of the set, any other number a seeded shuffle."""
+    requests = list(requests)
+    if order:
+        random.Random(order).shuffle(requests)
+    return requests

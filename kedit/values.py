@@ -1,0 +1,180 @@
+"""Which value? The search for the vector that makes the model say the new object.
+
+Shared by ROME, MEMIT, PMET and AlphaEdit (ROME section 3.1; MEMIT section 4.2). A vector delta is
+added to the residual stream after one block, at the subject's last token, and optimised so that
+prompts in several contexts continue with the target while "{subject} is a" stays as it was.
+
+Nothing before the subject's last token, and no block up to the edited one, depends on delta. So one
+forward reads all rows and keeps the keys and values of those tokens; each step then runs only the
+remaining tokens through the remaining blocks, with logits only where the loss reads them. The result
+is that of running everything at every step (tests/test_values.py holds the plain version).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from kedit.journal import EditFailed
+from kedit.keys import Row, capture, pad
+from kedit.models import LM
+
+STOP = 0.05
+"""The search ends when the total loss is below this."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Settings of the search: ``steps`` counts forwards, so there are at most steps - 1 updates."""
+
+    layer: int
+    steps: int = 25
+    lr: float = 0.5
+    decay: float = 1e-3
+    clamp: float = 4.0
+    kl: float = 0.0625
+
+
+@dataclass(frozen=True)
+class Found:
+    """delta (d,) float32, the norm of what it is added to, the losses, and p(target) at the end."""
+
+    delta: Tensor
+    init_norm: float
+    losses: list[float]
+    probability: float
+
+
+class _Injected(nn.Module):
+    """Stands in for a block already computed: hands on the states it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.states: Tensor | None = None
+
+    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+        return hidden if self.states is None else self.states
+
+
+@contextmanager
+def _skipping(blocks: nn.ModuleList, layer: int) -> Iterator[_Injected]:
+    """Within the block, blocks 0..layer cost nothing; the last of them yields ``.states``."""
+    kept = list(blocks[: layer + 1])
+    injected = _Injected()
+    try:
+        for index in range(layer):
+            blocks[index] = _Injected()
+        blocks[layer] = injected
+        yield injected
+    finally:
+        for index, block in enumerate(kept):
+            blocks[index] = block
+
+
+class Tail:
+    """Texts read once up to their subject's last token, ready to be run on from there.
+
+    Args:
+        texts: rows; each is split at its subject's last token p into a prefix (positions < p) and a
+            tail (p to the end).
+        layer: block after whose output the states of the tail can be changed.
+
+    Attributes:
+        states: (B, T, d) output of block ``layer`` on the tails, right-padded.
+    """
+
+    @torch.no_grad()
+    def __init__(self, lm: LM, texts: Sequence[Row], layer: int):
+        self.lm, self.layer = lm, layer
+        block = lm.anatomy.blocks[layer]
+        starts = torch.tensor([text.subject for text in texts], device=lm.device)
+        ids, mask = pad([text.ids for text in texts], lm.device)
+        cache = DynamicCache()
+        with capture({"block": block}, inputs=False) as seen:
+            lm.anatomy.base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+
+        self.tail_ids, tail_mask = pad([text.ids[text.subject :] for text in texts], lm.device)
+        width, prefix = self.tail_ids.shape[1], int(starts.max())
+        self.positions = starts[:, None] + torch.arange(width, device=lm.device)
+        reach = self.positions.clamp(max=ids.shape[1] - 1)
+        self.states = seen["block"].gather(1, reach[..., None].expand(-1, -1, seen["block"].shape[-1]))
+        before = torch.arange(prefix, device=lm.device)[None] < starts[:, None]
+        self.mask = torch.cat([before.long(), tail_mask], 1)
+        self.past = [(kv.keys[:, :, :prefix], kv.values[:, :, :prefix]) for kv in cache.layers]
+
+    def run(self, states: Tensor) -> Tensor:
+        """Run the tails through the blocks above ``layer``: (B, T, d) -> final hidden states (B, T, d)."""
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(self.past):
+            cache.update(keys, values, index)
+        with _skipping(self.lm.anatomy.blocks, self.layer) as injected:
+            injected.states = states
+            return self.lm.anatomy.base(
+                input_ids=self.tail_ids,
+                attention_mask=self.mask,
+                position_ids=self.positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+
+
+def search(lm: LM, texts: Sequence[Row], kl_text: Row, target: Sequence[int], init: Tensor, settings: Search) -> Found:
+    """Optimise delta by Adam (methods: ROME eq. 4 and MEMIT eq. 16).
+
+    loss = mean over rows of the target's mean negative log-likelihood
+           + kl * KL(before || now) right after the subject of ``kl_text``
+           + decay * |delta| / |init|^2,
+    and after each update delta is projected onto the ball of radius clamp * |init|.
+
+    Args:
+        texts: the prompt in each context.
+        kl_text: "{subject} is a"; only what comes before its subject's end matters.
+        target: token ids to be said after each text.
+        init: (d,) output of the edited site on the bare prompt, which delta is added to.
+
+    Raises:
+        EditFailed: the loss is not finite.
+    """
+    count, length = len(texts), len(target)
+    full = [Row((*text.ids, *target[:-1]), text.subject) for text in texts]
+    full.append(Row(kl_text.ids[: kl_text.subject + 1], kl_text.subject))
+    tail = Tail(lm, full, settings.layer)
+    # the target's j-th token is predicted at the text's last position + j
+    ends = torch.tensor([len(text.ids) - 1 - text.subject for text in texts], device=lm.device)
+    reads = ends[:, None] + torch.arange(length, device=lm.device)
+    every = torch.arange(count, device=lm.device)[:, None]
+    labels = torch.tensor([list(target)] * count, device=lm.device)[..., None]
+
+    init_norm = init.float().norm()
+    delta = torch.zeros_like(init, dtype=torch.float32, requires_grad=True)
+    optimiser = torch.optim.Adam([delta], lr=settings.lr)
+    losses, before, probability = [], None, 0.0
+    for step in range(settings.steps):
+        with torch.enable_grad():
+            first = torch.zeros(tail.states.shape[1], 1, device=lm.device)
+            first[0] = 1.0
+            hidden = tail.run(tail.states + (first * delta).to(tail.states))
+            said = lm.logits(hidden[every, reads]).log_softmax(-1).gather(2, labels)[..., 0]
+            after = lm.logits(hidden[count, 0]).log_softmax(-1)
+            if before is None:
+                before = after.detach()
+            divergence = (before.exp() * (before - after)).sum()
+            decay = settings.decay * delta.norm() / init_norm**2
+            loss = -said.mean(1).mean() + settings.kl * divergence + decay
+        losses.append(loss.item())
+        probability = said.detach().sum(1).exp().mean().item()
+        if not torch.isfinite(loss):
+            raise EditFailed(f"the loss of the value search is {losses[-1]} at step {step}")
+        if losses[-1] < STOP or step == settings.steps - 1:
+            break
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            limit = settings.clamp * init_norm
+            if delta.norm() > limit:
+                delta *= limit / delta.norm()
+    return Found(delta.detach(), init_norm.item(), losses, probability)

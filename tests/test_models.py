@@ -1,0 +1,71 @@
+import pytest
+import torch
+from conftest import INNER, WIDTH
+from transformers import BertConfig, BertLMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import kedit
+from kedit import KeditError
+from kedit.models import LM, begin_token, matrix
+
+
+def test_anatomy_finds_every_part(lm):
+    for layer in range(lm.layers):
+        assert matrix(lm.anatomy.down(layer)).shape == (WIDTH, INNER)
+        assert matrix(lm.anatomy.up(layer)).shape == (INNER, WIDTH)
+        assert matrix(lm.anatomy.attn_out(layer)).shape == (WIDTH, WIDTH)
+    ids = torch.tensor([[*lm.begin, 5, 6]])
+    hidden = lm.anatomy.base(ids).last_hidden_state
+    assert torch.equal(lm.logits(hidden), lm.model(ids).logits)
+
+
+def test_a_square_projection_is_read_by_its_type():
+    """A shape cannot tell Conv1D from Linear when in == out; both must compute W k."""
+    k = torch.randn(6)
+    for module in (Conv1D(6, 6), torch.nn.Linear(6, 6, bias=False)):
+        module.requires_grad_(False)
+        assert torch.allclose(matrix(module) @ k, module(k), atol=1e-6)
+        matrix(module)[0, 1] += 1.0
+        assert torch.allclose(matrix(module) @ k, module(k), atol=1e-6)
+
+
+def test_unknown_architecture_is_refused_in_one_sentence(tokenizer):
+    config = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(KeditError, match=r"BertModel.*LAYOUTS"):
+        LM(BertLMHeadModel(config), tokenizer)
+
+
+def test_every_text_begins_with_the_separator(lm):
+    assert lm.tokenizer.convert_ids_to_tokens(lm.begin) == ["<|endoftext|>"]
+    assert begin_token(lm.tokenizer) == lm.begin[0]
+
+
+def test_fingerprint_follows_the_weights(llama):
+    before = llama.fingerprint
+    other = LM(llama.model, llama.tokenizer)
+    matrix(other.anatomy.down(0))[0, 0] += 1e-3
+    assert LM(llama.model, llama.tokenizer).fingerprint != before
+    assert LM(llama.model, llama.tokenizer, begin=False).fingerprint != other.fingerprint
+
+
+def test_a_saved_folder_loads_without_network(llama, tmp_path):
+    llama.model.save_pretrained(tmp_path)
+    llama.tokenizer.save_pretrained(tmp_path)
+    assert kedit.load(str(tmp_path)).fingerprint == llama.fingerprint
+
+
+def test_a_missing_model_is_one_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KeditError, match="could not be loaded"):
+        kedit.load(str(tmp_path / "empty"))
+
+
+def test_smollm2_knows_facts(smollm2):
+    """The dequantised model is the real one: it completes well-known facts."""
+    for prompt, answer in {
+        "The capital of France is": " Paris",
+        "The capital of Germany is": " Berlin",
+        "Egypt is located in the continent of": " Africa",
+    }.items():
+        logits = smollm2.model(torch.tensor([[*smollm2.begin, *smollm2.encode(prompt)]])).logits[0, -1]
+        assert smollm2.tokenizer.decode(logits.argmax()) == answer
