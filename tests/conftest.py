@@ -90,11 +90,10 @@ def statistics(moments):
 
 
 CONTEXTS = ["{}", "The answer to this is known. {}", "Because. {}"]
-REQUEST = EditRequest("The capital of {} is", "France", " Rome", "Paris")
-HPARAMS = {
-    "rome": {"layer": 1, "clamp": 20.0, "lr": 0.5},
-    "memit": {"layers": [1, 2], "weight": 0.01, "clamp": 20.0, "lr": 0.5},
-}
+# The subject ends the prompt: a random model has no attention head that would carry a fact further.
+REQUEST = EditRequest("The capital city of {}", "France", " Rome", "Paris")
+SEARCH = {"clamp": 50.0, "lr": 1.0, "steps": 60, "kl": 0.0}
+HPARAMS = {"rome": {"layer": 2, **SEARCH}, "memit": {"layers": [1, 2], "weight": 0.001, **SEARCH}}
 
 
 @pytest.fixture(scope="session")

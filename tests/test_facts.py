@@ -1,0 +1,130 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from kedit import EditRequest, KeditError, facts
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "edits"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="the shared edit sets are not beside this checkout")
+EVERY = [record for split in facts.SPLITS for record in facts.bundled(split)]
+
+
+def test_the_bundled_set_is_large_and_split():
+    assert len(EVERY) >= 1000
+    assert len({record.relation for record in EVERY}) >= 12
+    assert len(facts.bundled("edit")) >= 300
+    assert len(facts.bundled("validation")) >= 100
+
+
+def test_no_fact_stands_twice():
+    assert len({record.id for record in EVERY}) == len(EVERY)
+    assert len({(record.prompt, record.subject) for record in EVERY}) == len(EVERY)
+
+
+def test_every_bundled_record_is_sound():
+    objects = {}
+    for record in EVERY:
+        objects.setdefault(record.relation, {})[record.subject] = record.target_true
+    trained = {record.text for record in facts.bundled("train")}
+    for record in EVERY:
+        assert record.target_new != record.target_true
+        assert record.target_new in objects[record.relation].values()
+        assert len(record.paraphrases) >= 2
+        assert all(record.subject in paraphrase for paraphrase in record.paraphrases)
+        assert all(record.subject in prompt for prompt in record.generation)
+        assert record.target_true.lower() not in record.subject.lower()
+        assert len(record.neighbours) >= 5
+        assert len(set(record.neighbours)) == len(record.neighbours)
+        for prompt, answer in record.neighbours:
+            assert answer == record.target_true
+            head, _, tail = record.prompt.partition("{}")
+            subject = prompt.removeprefix(head).removesuffix(tail)
+            assert subject != record.subject
+            assert objects[record.relation][subject] == record.target_true
+            assert prompt in trained  # so no run ever edits a neighbour
+
+
+def test_the_same_facts_as_questions():
+    for plain, question in zip(facts.bundled("edit"), facts.bundled_zsre("edit"), strict=True):
+        assert question.prompt.startswith("Question: ")
+        assert (question.id, question.target_new) == (plain.id, plain.target_new)
+        ((unrelated, answer),) = question.neighbours
+        assert answer
+        assert plain.subject not in unrelated
+
+
+def test_orders_are_fixed_and_different():
+    records = facts.bundled("edit")
+    assert facts.ordered(records, 0) == list(records)
+    assert facts.ordered(records, 1) == facts.ordered(records, 1)
+    assert facts.ordered(records, 1) != facts.ordered(records, 2)
+
+
+def nested(**changes):
+    rewrite = {
+        "prompt": "The mother tongue of {} is",
+        "subject": "Ada Byron",
+        "target_new": {"str": "French", "id": "Q150"},
+        "target_true": {"str": "English", "id": "Q1860"},
+        "relation_id": "P103",
+    }
+    return {
+        "case_id": 7,
+        "requested_rewrite": rewrite | changes,
+        "paraphrase_prompts": ["At home Ada Byron spoke"],
+        "neighborhood_prompts": ["The mother tongue of Mary Somerville is"],
+        "generation_prompts": ["Ada Byron wrote to her friends in"],
+    }
+
+
+def test_counterfact_in_its_original_schema(tmp_path):
+    path = tmp_path / "counterfact.json"
+    path.write_text(json.dumps([nested()]))
+    (record,) = facts.counterfact(path)
+    assert record.text == "The mother tongue of Ada Byron is"
+    assert (record.target_new, record.target_true, record.id) == ("French", "English", "7")
+    assert record.neighbours == (("The mother tongue of Mary Somerville is", "English"),)
+
+
+@needs_data
+def test_counterfact_in_the_flat_schema():
+    records = facts.load("counterfact", path=str(DATA / "counterfact-edit-first2000.json"))
+    assert len(records) == 2000
+    assert all(record.subject in record.text for record in records)
+    raw = json.loads((DATA / "counterfact-edit-first2000.json").read_text())
+    assert [record.text for record in records] == [r["prompt"] for r in raw]
+
+
+@needs_data
+def test_zsre():
+    path = DATA / "zsre_mend_eval_portability_gpt4.json"
+    raw = json.loads(path.read_text())
+    records = facts.load("zsre", path=str(path))
+    assert len(records) == sum(r["alt"].strip() != r["answers"][0].strip() for r in raw)
+    assert len(records) > 1000
+    assert all(record.neighbours[0][1] for record in records)
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        (nested(prompt="no place"), "record 1: .*exactly once"),
+        (nested(target_new={"str": " "}), "record 1: target_new is empty"),
+        ({"case_id": 1}, "record 1: key 'prompt' is missing"),
+        ("text", "record 1"),
+    ],
+)
+def test_a_malformed_record_is_named_by_file_and_index(tmp_path, record, sentence):
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps([nested(), record]))
+    with pytest.raises(KeditError, match=rf"broken\.json, {sentence}"):
+        facts.counterfact(path)
+
+
+@pytest.mark.parametrize(
+    "values", [("{} {} is", "a", "b"), ("{} is", " ", "b"), ("{} is", "a", ""), ("{} is", "a", "b", "b")]
+)
+def test_requests_check_themselves(values):
+    with pytest.raises(ValueError, match=r"exactly once|empty|equals"):
+        EditRequest(*values)

@@ -1,0 +1,59 @@
+"""Shared readings against reading every text on its own."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+
+from kedit import scoring
+from kedit.scoring import common_prefix, loglikelihoods, read
+
+
+def alone(lm, context, continuation):
+    logits = lm.model(torch.tensor([[*context, *continuation[:-1]]])).logits[0, len(context) - 1 :].log_softmax(-1)
+    said = sum(logits[j, t].item() for j, t in enumerate(continuation))
+    return said, logits.argmax(-1).tolist() == list(continuation)
+
+
+def texts(lm):
+    """Contexts with a common beginning, of unequal length; continuations of one and more tokens."""
+    shots = "The capital of Spain is London. The capital of "
+    contexts = [[*lm.begin, *lm.encode(shots + end)] for end in ("France is", "Peru, it is said, is", "A is")]
+    continuations = [lm.encode(text) for text in (" Rome", " Paris and London", " London")]
+    return [(context, continuation) for context in contexts for continuation in continuations]
+
+
+@pytest.mark.parametrize("budget", [12_288, 40])
+def test_loglikelihoods_equal_one_forward_each(lm, budget, monkeypatch):
+    monkeypatch.setattr(scoring, "BUDGET", budget)
+    pairs = texts(lm)
+    context = pairs[0][0]
+    best = lm.model(torch.tensor([context])).logits[0, -1].argmax().item()
+    pairs.append((context, [best]))
+    found = loglikelihoods(lm, pairs)
+    for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
+        expected, says = alone(lm, context, continuation)
+        assert total == pytest.approx(expected, abs=1e-4)
+        assert greedy == says
+    assert found[-1][1]
+
+
+def test_generation_equals_greedy_decoding(lm):
+    prompts = list(dict.fromkeys(tuple(context) for context, _ in texts(lm)))
+    stop = {1: 2, 2: 5}  # rows that end early must not disturb the others
+    _, found = read(lm, [], prompts, 8, lambda row, tokens: len(tokens) == stop.get(row, 99))
+    for row, (prompt, tokens) in enumerate(zip(prompts, found, strict=True)):
+        ids = list(prompt)
+        for _ in range(stop.get(row, 8)):
+            ids.append(lm.model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        assert tokens == ids[len(prompt) :]
+
+
+def test_common_prefix_leaves_a_token():
+    assert common_prefix([[1, 2, 3], [1, 2, 4]]) == [1, 2]
+    assert common_prefix([[1, 2], [1, 2, 4]]) == [1]
+    assert common_prefix([[1, 2], [3]]) == []
+    assert common_prefix([[1, 2], [1, 2]]) == [1]
+
+
+def test_architectures_are_all_covered():
+    assert set(ARCHITECTURES) == {"llama", "mistral", "gpt2", "gpt_neox"}
