@@ -29,14 +29,21 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _tables(args: argparse.Namespace) -> None:
-    from kedit import tables
+    from kedit import report
 
-    tables.update_readme(args.names or list(tables.TABLES))
+    report.update_readme(args.names or list(report.TABLES))
+
+
+def _figures(args: argparse.Namespace) -> None:
+    from kedit.report import redraw
+
+    for path in redraw():
+        print(path.relative_to(kedit.ROOT))
 
 
 def _verify(args: argparse.Namespace) -> None:
     from kedit.study import Params, Results
-    from kedit.tables import differences
+    from kedit.report import differences
 
     params = Params.read(args.params)
     fresh, committed = (Results.load(params, kedit.ROOT / top / params.rq / params.name) for top in ("runs", "figures"))
@@ -57,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("params", type=Path)
         command.set_defaults(function=function)
     commands.add_parser("list", help="list the parameter files").set_defaults(function=_list)
+    commands.add_parser("figures", help="redraw all from committed cells").set_defaults(function=_figures)
     command = commands.add_parser("tables", help="measure the README's tables and write them into it")
     command.add_argument("names", nargs="*")
     command.set_defaults(function=_tables)

