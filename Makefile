@@ -28,9 +28,7 @@ $(READY): requirements.txt requirements-model.txt
 
 rq1: $(READY) ## how do abilities change with the number of edits?  PARAMS=smollm2-135m | smoke | ...
 	$(PY) -m kedit run params/rq1/$(RQ1).yaml
-	$(PY) -m papermill notebooks/rq1_number_of_edits.ipynb runs/rq1/$(RQ1)/rq1_number_of_edits.ipynb \
-	  -f params/rq1/$(RQ1).yaml -p name $(RQ1) -p source run -k python3 --cwd notebooks --no-progress-bar --log-level WARNING
-	@echo "made runs/rq1/$(RQ1)/rq1_number_of_edits.ipynb and:"; ls figures/rq1/$(RQ1)/*
+	$(PY) -m kedit notebook params/rq1/$(RQ1).yaml
 
 all: rq1 ## every question's default run
 

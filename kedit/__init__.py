@@ -14,7 +14,9 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("KEDIT_CACHE", ROOT / "runs" / "cache"))
+RUNS = Path(os.environ.get("KEDIT_RUNS", ROOT / "runs"))
+"""Where runs keep what they have finished."""
+CACHE = Path(os.environ.get("KEDIT_CACHE", RUNS / "cache"))
 """Converted models and second-moment statistics; safe to delete."""
 
 
@@ -29,7 +31,7 @@ _LAZY = {
     "EditRequest": "kedit.facts",
     "editor": "kedit.editors",
 }
-__all__ = ["CACHE", "LM", "ROOT", "EditRequest", "KeditError", "editor", "load"]
+__all__ = ["CACHE", "LM", "ROOT", "RUNS", "EditRequest", "KeditError", "editor", "load"]
 
 
 def __getattr__(name: str):

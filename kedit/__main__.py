@@ -5,6 +5,7 @@ User errors end with one sentence and exit code 2.
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -17,9 +18,34 @@ def _run(args: argparse.Namespace) -> None:
     from kedit.study import Params, run
 
     params = Params.read(args.params)
-    folder = kedit.ROOT / "runs" / params.rq / params.name
-    for path in run(params).save(folder):
-        print(path.relative_to(kedit.ROOT))
+    run(params).save(kedit.RUNS / params.rq / params.name)
+
+
+def _notebook(args: argparse.Namespace) -> None:
+    import papermill
+    import yaml
+    from traitlets.config import Config
+
+    from kedit.study import Params
+
+    params = Params.read(args.params)
+    (notebook,) = (kedit.ROOT / "notebooks").glob(f"{params.rq}_*.ipynb")
+    executed = kedit.RUNS / params.rq / params.name / notebook.name
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    config = Config()
+    if os.name == "posix":  # talk to the kernel through files: no port, no loopback interface needed
+        config.KernelManager.transport = "ipc"
+    papermill.execute_notebook(
+        notebook,
+        executed,
+        parameters={**yaml.safe_load(args.params.read_text()), "name": params.name, "source": "run"},
+        kernel_name="python3",
+        cwd=kedit.ROOT / "notebooks",
+        progress_bar=False,
+        config=config,
+    )
+    for path in (executed, *sorted((kedit.ROOT / "figures" / params.rq / params.name).iterdir())):
+        print("made", os.path.relpath(path, kedit.ROOT))
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -46,7 +72,9 @@ def _verify(args: argparse.Namespace) -> None:
     from kedit.report import differences
 
     params = Params.read(args.params)
-    fresh, committed = (Results.load(params, kedit.ROOT / top / params.rq / params.name) for top in ("runs", "figures"))
+    fresh, committed = (
+        Results.load(params, top / params.rq / params.name) for top in (kedit.RUNS, kedit.ROOT / "figures")
+    )
     if lines := differences(fresh, committed):
         raise KeditError(f"{len(lines)} rows differ from the committed reference, first: {lines[0]}")
     print(f"{params.rq}/{params.name}: the fresh run agrees with the committed reference.")
@@ -58,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     for name, function, text in (
         ("run", _run, "run a parameter file, or what is left of it"),
+        ("notebook", _notebook, "execute the question's notebook on a finished run, and draw"),
         ("verify", _verify, "compare a fresh run with the committed reference"),
     ):
         command = commands.add_parser(name, help=text)

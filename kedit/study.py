@@ -230,7 +230,7 @@ def results(params: Params, source: str) -> Results:
         return Results.load(params, kedit.ROOT / "figures" / params.rq / params.name)
     if source != "run":
         raise KeditError(f"source is {source!r}; use committed or run.")
-    folder = kedit.ROOT / "runs" / params.rq / params.name
+    folder = kedit.RUNS / params.rq / params.name
     try:
         return Results.load(params, folder)
     except KeditError:
@@ -331,7 +331,7 @@ def run(params: Params, store: Store | None = None) -> Results:
     from kedit.keys import Statistics
     from kedit.success import measure
 
-    store = store or Store(kedit.ROOT / "runs" / "store")
+    store = store or Store(kedit.RUNS / "store")
     started = time.time()
     checkpoints = [count for count in params.edits if count]
     trajectories = len(params.models) * len(params.methods) * len(params.orders)

@@ -1,0 +1,172 @@
+"""Whole runs on a tiny model: resuming, the table, and wrong parameter files."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import yaml
+
+import kedit
+from kedit import KeditError, stats
+from kedit.__main__ import main
+from kedit.study import Params, Results, run
+
+TEXT = "The capital of France is Paris, and the movie was directed by the writer of the country. "
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory, tokenizer):
+    """A grid over a tiny model in a folder: parameters as a file would hold them."""
+    from conftest import SEARCH, build
+
+    folder = tmp_path_factory.mktemp("grid")
+    build("llama", len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(TEXT * 300)
+    short = {**SEARCH, "steps": 5, "contexts": [[3, 2]]}
+    return {
+        "models": [str(folder / "model")],
+        "methods": [
+            "control",
+            {"method": "rome", "variant": "tiny", "hparams": {"layer": 2, **short}},
+            {"method": "memit", "variant": "tiny", "hparams": {"layers": [1, 2], "weight": 0.01, **short}},
+        ],
+        "orders": [0, 3],
+        "edits": [1, 3],
+        "benchmarks": ["mini_mmlu", "mini_gsm8k"],
+        "limit": 3,
+        "statistics": {"text": str(folder / "text.txt"), "tokens": 2048},
+    }
+
+
+def command(path, runs):
+    environment = {**os.environ, "KEDIT_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "kedit", "run", str(path)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def table(path, runs):
+    params = Params.read(path)
+    return stats.table(Results.load(params, runs / params.rq / params.name)).to_csv(index=False)
+
+
+def test_killed_three_times_gives_the_same_table(grid, tmp_path):
+    path = tmp_path / "rq1" / "tiny.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(grid))
+    whole = command(path, tmp_path / "whole")
+    assert whole.wait() == 0, whole.stderr.read()
+
+    store, finished = tmp_path / "broken" / "store", {}
+    total = sum(1 for file in (tmp_path / "whole" / "store").rglob("*") if file.is_file())
+    moments = sorted(random.Random(time.time_ns()).sample(range(1, total - 3), 3))
+    for moment in moments:
+        process = command(path, tmp_path / "broken")
+        while process.poll() is None and sum(1 for file in store.rglob("??/*") if file.name[0] != ".") < moment:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        finished |= {file: file.stat().st_mtime_ns for file in store.rglob("??/*") if file.name[0] != "."}
+    resumed = command(path, tmp_path / "broken")
+    assert resumed.wait() == 0, resumed.stderr.read()
+    assert table(path, tmp_path / "broken") == table(path, tmp_path / "whole")
+    for file, when in finished.items():  # nothing that was finished was made again
+        assert file.stat().st_mtime_ns == when
+
+    again = command(path, tmp_path / "broken")
+    assert again.wait() == 0
+    assert "nothing was left to compute" in again.stderr.read()
+
+
+def test_the_table_has_every_row_of_the_grid(grid, tmp_path, monkeypatch):
+    monkeypatch.setattr("kedit.RUNS", tmp_path)
+    monkeypatch.setattr("kedit.CACHE", tmp_path / "cache")
+    params = Params.make("rq1", "tiny", grid)
+    rows = stats.table(run(params))
+    assert (
+        list(rows.columns)
+        == (
+            "rq params model method variant edit_set order edits benchmark metric value ci_low ci_high n chance "
+            "unparsed delta delta_low delta_high status"
+        ).split()
+    )
+    place = ["method", "order", "edits", "benchmark", "metric"]
+    edit = [f"{m}{suffix}" for m in ("reliability", "generalisation", "locality") for suffix in ("", "_generated")]
+    expected = {
+        (method, order, edits, *what)
+        for method in ("control", "rome", "memit")
+        for order in (0, 3)
+        for edits in (0, 1, 3)
+        for what in [("mini_mmlu", "acc"), ("mini_gsm8k", "exact_match"), *(("edit", metric) for metric in edit)]
+    }
+    assert set(map(tuple, rows[place].to_numpy())) == expected
+    assert not rows.duplicated(place).any()
+    assert set(rows.status) <= {"ok", "floor", "collapsed", "failed"}
+    # the control is the unedited model, to the last item
+    control = rows[(rows.method == "control") & (rows.benchmark != "edit")]
+    assert (control.delta == 0).all()
+    # five of six reliability rows over all edits so far: n counts them
+    counts = rows[(rows.method == "rome") & (rows.metric == "reliability") & (rows.order == 0)].set_index("edits").n
+    assert counts[1] == 1
+    assert counts[3] == 3
+
+
+def change(grid, **values):
+    return {**grid, **values}
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"methods": ["roem"]}, "methods names 'roem', which does not exist; did you mean 'rome'"),
+        ({"methods": ["rome"]}, "no block for model"),
+        ({"benchmarcks": ["mini_mmlu"]}, "unknown key 'benchmarcks'; did you mean 'benchmarks'"),
+        ({"edits": [1, -3]}, "edits holds -3; use whole numbers"),
+        ({"edits": [10_000]}, "edits asks for 10000, but the edit set holds"),
+        ({"edit_set": {"name": "counterfacts"}}, "edit set 'counterfacts' does not exist; use one of"),
+        ({"edit_set": {"name": "bundled", "splt": "edit"}}, "unknown key 'edit_set.splt'; did you mean 'split'"),
+        ({"edit_set": {"name": "zsre", "path": "nowhere.json"}}, "nowhere.json cannot be read"),
+        ({"benchmarks": ["mini_mlu"]}, "mini_mlu.* does not exist"),
+        ({"benchmarks": []}, "benchmarks must be a list"),
+        ({"limit": 0}, "limit is 0"),
+        ({"statistics": {"tokens": "many"}}, "statistics.tokens is 'many'"),
+    ],
+)
+def test_a_wrong_parameter_file_is_one_sentence(grid, tmp_path, values, sentence, capsys, monkeypatch):
+    monkeypatch.setattr("kedit.RUNS", tmp_path / "runs")
+    path = tmp_path / "rq1" / "wrong.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(change(grid, **values)))
+    assert main(["run", str(path)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert said.startswith("kedit: ")
+    assert "wrong.yaml" in said
+    assert pd.Series([said]).str.contains(sentence).all(), said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_keys_and_files_are_one_sentence(grid, tmp_path, capsys):
+    path = tmp_path / "rq1" / "short.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump({k: v for k, v in grid.items() if k != "edits"}))
+    assert main(["run", str(path)]) == 2
+    assert "key 'edits' is missing" in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "rq1" / "absent.yaml")]) == 2
+    assert "there are: short" in capsys.readouterr().err
+    with pytest.raises(KeditError, match="mapping"):
+        path.write_text("- a\n- b\n")
+        Params.read(path)
+
+
+def test_every_committed_parameter_file_is_valid():
+    paths = sorted((kedit.ROOT / "params").glob("rq*/*.yaml"))
+    assert paths
+    for path in paths:
+        Params.read(path)
