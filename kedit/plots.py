@@ -26,6 +26,7 @@ RC = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.4,
@@ -64,8 +65,8 @@ def ability_panel(ax: Axes, rows: pd.DataFrame, benchmark: str) -> None:
     for method in methods:
         _curve(ax, rows[rows.method == method], *style(method, methods), "-")
     base = rows[rows.edits == 0].iloc[0]
-    ax.axhline(base.value, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    ax.axhline(base.chance, color="black", linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
+    ax.axhline(base.value, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
+    ax.axhline(base.chance, color="black", linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
     about = benchmarks.metadata(benchmark)
     title = f"{benchmark} ({about['metric'].replace('_', ' ')})"
     ax.set_title(title + ("  [floor]" if base.status == "floor" else ""))

@@ -14,7 +14,6 @@ from typing import Any
 HERE = Path(__file__).parent
 Item = dict[str, Any]
 Rng = random.Random
-WRONG_ANSWERS = 3  # mini_truthfulqa: one true answer against this many false ones
 
 
 # ---- choices ----------------------------------------------------------------------------------
@@ -43,8 +42,22 @@ def place(task: str, items: list[Item]) -> list[Item]:
     return items
 
 
-# ---- mini_bbh: one function a kind, all of them four-way --------------------------------------
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+# ---- mini_bbh: one function a kind, all four-way, as text to be completed -----------------------
+NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MONTHS = [
     "January",
@@ -129,20 +142,18 @@ def counting(rng: Rng) -> Item:
     counts = [rng.randint(2, 5) for _ in things]
     parts = [f"{NUMBERS[n]} {thing}" for n, thing in zip(counts, things, strict=True)]
     rng.shuffle(parts)
-    text = f"I have {parts[0]}, {parts[1]} and {parts[2]}. How many {group} do I have?"
+    text = f"I have {parts[0]}, {parts[1]} and {parts[2]}. The number of {group} I have is"
     return {"question": text} | window(rng, NUMBERS, counts[0] + counts[1], 2, 12)
 
 
 def dates(rng: Rng) -> Item:
-    """A day or a month some steps ahead."""
-    step = rng.randint(1, 3)
-    if rng.random() < 0.5:
-        ring, first = DAYS, rng.randrange(7)
-        text = f"Today is {DAYS[first]}. Which day is it in {NUMBERS[step]} day{'s' * (step > 1)}?"
-    else:
-        ring, first = MONTHS, rng.randrange(12)
-        text = f"It is {MONTHS[first]}. Which month is it in {NUMBERS[step]} month{'s' * (step > 1)}?"
-    return {"question": text} | window(rng, ring, first + step, first, first + 6)
+    """The day or the month one or two steps before or after another."""
+    ring = rng.choice([DAYS, MONTHS])
+    unit = "day" if ring is DAYS else "month"
+    first, step = rng.randrange(len(ring)), rng.choice([-2, -1, 1, 2])
+    many = f"The {unit}" if abs(step) == 1 else f"Two {unit}s"
+    text = f"{many} {'after' if step > 0 else 'before'} {ring[first]} is"
+    return {"question": text} | window(rng, ring, first + step, first - 3, first + 3)
 
 
 def deduction(rng: Rng) -> Item:
@@ -150,25 +161,27 @@ def deduction(rng: Rng) -> Item:
     a, b, c, d = rng.sample(NAMES, 4)
     more, most, least = rng.choice(ORDERS)
     end, right = rng.choice([(most, a), (least, d)])
-    text = f"{a} is {more} than {b}. {b} is {more} than {c}. {c} is {more} than {d}. Who is the {end}?"
+    text = f"{a} is {more} than {b}. {b} is {more} than {c}. {c} is {more} than {d}. The {end} of them is"
     return {"question": text} | choose(right, [n for n in (a, b, c, d) if n != right])
 
 
 def navigation(rng: Rng) -> Item:
-    """The heading after one or two turns."""
-    start = rng.randrange(4)
-    turns = [rng.choice(sorted(TURNS)) for _ in range(rng.randint(1, 2))]
-    right = COMPASS[(start + sum(TURNS[t] for t in turns)) % 4]
-    text = f"You face {COMPASS[start]} and turn {', then turn '.join(turns)}. Which way do you face?"
+    """The heading after a turn."""
+    start, turn = rng.randrange(4), rng.choice(sorted(TURNS))
+    verb = rng.choice(["face", "look", "walk", "drive"])
+    right = COMPASS[(start + TURNS[turn]) % 4]
+    text = f"You {verb} {COMPASS[start]} and turn {turn}. Now you {verb}"
     return {"question": text} | choose(right, [c for c in COMPASS if c != right])
 
 
-def sorting(rng: Rng) -> Item:
-    """The first or the last of four words in the alphabet."""
+def letters(rng: Rng) -> Item:
+    """The one of four words that begins with a letter."""
     words = rng.sample(WORDS, 4)
-    end, pick = rng.choice([("first", min), ("last", max)])
-    text = f"Which word comes {end} in the alphabet: {', '.join(words[:3])} or {words[3]}?"
-    return {"question": text} | choose(pick(words), [w for w in words if w != pick(words)])
+    while len({word[0] for word in words}) < 4:
+        words = rng.sample(WORDS, 4)
+    right = rng.choice(words)
+    text = f"Of {', '.join(words[:3])} and {words[3]}, the word that begins with {right[0]} is"
+    return {"question": text} | choose(right, [w for w in words if w != right])
 
 
 def sequence(rng: Rng) -> Item:
@@ -177,7 +190,7 @@ def sequence(rng: Rng) -> Item:
     first += max(0, -5 * step)
     shown, right = [first + i * step for i in range(4)], first + 4 * step
     wrong = {right + step, right - step, right + 1, right - 1, right + 2} - {right}
-    text = f"Which number comes next: {', '.join(map(str, shown))}?"
+    text = f"Continue: {', '.join(map(str, shown))},"
     return {"question": text} | choose(str(right), [str(w) for w in rng.sample(sorted(wrong), 3)])
 
 
@@ -186,73 +199,77 @@ def brackets(rng: Rng) -> Item:
     opened = rng.sample(sorted(BRACKETS), rng.randint(2, 4))
     shut = [BRACKETS[b] for b in reversed(opened[1:])][: rng.randint(0, len(opened) - 1)]
     right = BRACKETS[opened[len(opened) - 1 - len(shut)]]
-    text = f"Which bracket must close next: {' '.join(opened + shut)}"
+    text = f"Close the brackets: {' '.join(opened + shut)}"
     return {"question": text} | choose(right, [b for b in BRACKETS.values() if b != right])
 
 
-def colours(rng: Rng) -> Item:
-    """The colour of one of four things."""
-    pairs = list(zip(rng.sample(COLOURS, 4), rng.sample(OBJECTS, 4), strict=True))
-    right, thing = rng.choice(pairs)
-    parts = [f"a {colour} {name}" for colour, name in pairs]
-    text = f"I see {', '.join(parts[:3])} and {parts[3]}. What colour is the {thing}?"
-    return {"question": text} | choose(right, [c for c, _ in pairs if c != right])
+def pattern(rng: Rng) -> Item:
+    """The next element of a pattern of two or three colours that repeats itself."""
+    parts = rng.sample(COLOURS, rng.randint(2, 3))
+    *shown, right = [parts[i % len(parts)] for i in range(rng.randint(6, 8))]
+    others = rng.sample([c for c in COLOURS if c not in parts], 4 - len(parts))
+    text = f"Continue: {', '.join(shown)},"
+    return {"question": text} | choose(right, [c for c in parts + others if c != right])
 
 
 def bbh() -> list[Item]:
-    kinds = (counting, dates, deduction, navigation, sorting, sequence, brackets, colours)
-    return place("mini_bbh", generate("mini_bbh", 15, {make.__name__: make for make in kinds}))
+    kinds = [counting, dates, deduction, navigation, letters, sequence, brackets, pattern]
+    return place("mini_bbh", generate("mini_bbh", 15, kinds))
 
 
 # ---- mini_gsm8k: two-step story sums ----------------------------------------------------------
-THINGS = ["apples", "books", "coins", "shells", "cards", "stamps", "eggs", "pens", "marbles", "buttons"]
+THINGS = [
+    "apples",
+    "books",
+    "coins",
+    "shells",
+    "cards",
+    "stamps",
+    "eggs",
+    "pens",
+    "marbles",
+    "buttons",
+]
 GAIN = ["finds {} more", "buys {} more", "gets {} more", "wins {} more"]
-LOSS = ["gives away {}", "loses {}", "sells {}", "throws away {}"]
 
 
-def story(first: str, second: str) -> Callable[[Rng], Item]:
-    """A maker of sums whose two steps are `first` (+, - or *) and `second` (+ or -)."""
+def add_add(rng: Rng) -> Item:
+    """Some, then more, then more again."""
+    a, b, c = (rng.randint(2, 9) for _ in range(3))
+    name, things, gains = rng.choice(NAMES), rng.choice(THINGS), rng.sample(GAIN, 2)
+    text = f"{name} has {a} {things}. {name} {gains[0].format(b)}, then {gains[1].format(c)}."
+    steps = f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}"
+    return story(text, name, things, steps, a + b + c)
 
-    def make(rng: Rng) -> Item:
-        name, things = rng.choice(NAMES), rng.choice(THINGS)
-        a, b, c = (rng.randint(2, 9) for _ in range(3))
-        if first == "*":
-            a, b = rng.randint(2, 5), rng.randint(2, 5)
-        elif first == "-":
-            a, b = a + b, b  # never below two
-        middle = {"+": a + b, "-": a - b, "*": a * b}[first]
-        if second == "-":
-            c = rng.randint(1, middle - 1)
-        last = middle + c if second == "+" else middle - c
-        gain, gain2 = rng.sample(GAIN, 2)
-        loss, loss2 = rng.sample(LOSS, 2)
-        if first == "*":
-            text = f"{name} has {a} boxes with {b} {things} each. "
-            text += f"{name} {(gain if second == '+' else loss).format(c)}."
-        else:
-            text = f"{name} has {a} {things}. {name} {(gain if first == '+' else loss).format(b)}, "
-            text += f"then {(gain2 if second == '+' else loss2).format(c)}."
-        text += f" How many {things} does {name} have now?"
-        steps = f"{a} {first} {b} = {middle}, {middle} {second} {c} = {last}"
-        return {"question": text, "steps": steps, "answer": str(last)}
 
-    return make
+def times_add(rng: Rng) -> Item:
+    """So many each, then more."""
+    a, b, c = rng.randint(2, 5), rng.randint(2, 5), rng.randint(2, 9)
+    name, things = rng.choice(NAMES), rng.choice(THINGS)
+    text = f"{name} has {a} boxes with {b} {things} each. {name} {rng.choice(GAIN).format(c)}."
+    steps = f"{a} * {b} = {a * b}, {a * b} + {c} = {a * b + c}"
+    return story(text, name, things, steps, a * b + c)
+
+
+def story(text: str, name: str, things: str, steps: str, total: int) -> Item:
+    question = f"{text} How many {things} does {name} have now?"
+    return {"question": question, "steps": steps, "answer": str(total)}
 
 
 def gsm8k() -> list[Item]:
-    return generate("mini_gsm8k", 20, {f"{a} {b}": story(a, b) for a in "+-*" for b in "+-"})
+    return generate("mini_gsm8k", 60, [add_add, times_add])
 
 
 # ---- all --------------------------------------------------------------------------------------
-def generate(task: str, each: int, kinds: dict[str, Callable[[Rng], Item]]) -> list[Item]:
+def generate(task: str, each: int, kinds: list[Callable[[Rng], Item]]) -> list[Item]:
     """`each` different items of every kind, taking turns, so that any prefix is a fair sample."""
     rng, items, seen = random.Random(task), [], set()
     while len(items) < each * len(kinds):
-        kind = list(kinds)[len(items) % len(kinds)]
-        item = kinds[kind](rng)
+        make = kinds[len(items) % len(kinds)]
+        item = make(rng)
         if item["question"] not in seen:
             seen.add(item["question"])
-            items.append({"id": len(items) + 1, "kind": kind} | item)
+            items.append({"id": len(items) + 1, "kind": make.__name__} | item)
     return items
 
 
@@ -270,9 +287,9 @@ def main() -> None:
     write("mini_gsm8k", gsm8k())
     for task in ("mini_mmlu", "mini_csqa", "mini_truthfulqa"):
         items = read(task)
-        if task == "mini_truthfulqa":
+        if task == "mini_truthfulqa":  # MC1: the best true answer against the popular false one
             for item in items:
-                item |= choose(item["correct_answers"][0], item["incorrect_answers"][:WRONG_ANSWERS])
+                item |= choose(item["correct_answers"][0], item["incorrect_answers"][:1])
         write(task, place(task, items))
 
 

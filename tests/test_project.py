@@ -1,0 +1,124 @@
+"""The project around the package: pins, notebooks, licences of use, a run without network."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import kedit
+from kedit.study import Params, Results
+
+NOTEBOOKS = sorted((kedit.ROOT / "notebooks").glob("*.ipynb"))
+
+
+def pins(lines):
+    found = [line.strip().split("==") for line in lines if "==" in line and not line.lstrip().startswith("#")]
+    return {name.lower().replace("_", "-"): version for name, version in found}
+
+
+def test_conda_and_pip_describe_one_environment():
+    text = (kedit.ROOT / "requirements.txt").read_text()
+    own, needed = text.split("# needed by the above")
+    conda = yaml.safe_load((kedit.ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = [entry["pip"] for entry in conda if isinstance(entry, dict)]
+    assert pins(pip) == pins(own.splitlines())
+    assert "python=3.11" in conda
+    assert pins(own.splitlines())["torch"] == "2.13.0"
+    every = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.\-]+==[^=]+", line) for line in every)
+    assert not set(pins(own.splitlines())) & set(pins(needed.splitlines()))
+
+
+def test_what_the_package_imports_is_pinned_by_name():
+    own = pins((kedit.ROOT / "requirements.txt").read_text().split("# needed by the above")[0].splitlines())
+    names = {"yaml": "pyyaml", "lm_eval": "lm-eval", "traitlets": "ipykernel"}
+    for path in (kedit.ROOT / "kedit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module]
+            for module in {m.split(".")[0] for m in modules} - sys.stdlib_module_names - {"kedit"}:
+                assert names.get(module, module) in own, f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebooks_defaults_are_the_default_parameter_file(path):
+    rq = path.stem.split("_")[0]
+    cells = json.loads(path.read_text())["cells"]
+    (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())]
+    values: dict = {}
+    exec(source, values)
+    assert values.pop("source") == "committed"
+    values = {key: value for key, value in values.items() if not key.startswith("__")}
+    name = values.pop("name")
+    assert Params.make(rq, name, values) == Params.read(kedit.ROOT / "params" / rq / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_with_outputs(path):
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"])
+    assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
+
+
+def test_committed_references_redraw_to_the_committed_table():
+    """The table, to the byte, is what the committed cells say."""
+    from kedit import stats
+
+    references = sorted((kedit.ROOT / "figures").glob("rq*/*/cells.jsonl.gz"))
+    assert references
+    for cells in references:
+        if cells.parent.name == "smoke":
+            continue
+        params = Params.read(kedit.ROOT / "params" / cells.parent.parent.name / f"{cells.parent.name}.yaml")
+        table = stats.table(Results.load(params, cells.parent))
+        text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        assert text == (cells.parent / "table.csv").read_text()
+
+
+def test_no_path_token_or_host_is_committed():
+    tracked = subprocess.run(["git", "ls-files"], cwd=kedit.ROOT, capture_output=True, text=True, check=True).stdout
+    pattern = re.compile(rb"/(?:home|root|work|tmp|Users)/[A-Za-z0-9._]+/|hf_[A-Za-z0-9]{20,}")
+    for name in tracked.split():
+        path = kedit.ROOT / name
+        if path.exists():
+            assert not pattern.search(path.read_bytes()), name
+
+
+def without_network() -> list[str]:
+    """Prefix that runs a command in a network namespace without any interface up."""
+    prefix = [shutil.which("unshare") or "", "--net"]
+    works = prefix[0] and subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0
+    return prefix if works else []
+
+
+def test_smoke_runs_without_any_network(tmp_path):
+    """The smoke run, model conversion included, and its notebook, with no interface to reach anything by."""
+    prefix = without_network()
+    if not prefix:
+        pytest.skip("this user may not make a network namespace")
+    environment = {"PATH": str(Path(sys.executable).parent) + ":/usr/bin:/bin", "HOME": str(tmp_path)}
+    environment |= {"KEDIT_RUNS": str(tmp_path / "runs"), "OMP_WAIT_POLICY": "passive"}
+    for step in ("run", "notebook"):
+        done = subprocess.run(
+            [*prefix, sys.executable, "-m", "kedit", step, "params/rq1/smoke.yaml"],
+            cwd=kedit.ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    folder = kedit.ROOT / "figures" / "rq1" / "smoke"
+    for name in ("figure.png", "figure.pdf", "table.csv", "cells.jsonl.gz", "manifest.json"):
+        assert (folder / name).stat().st_mtime >= (tmp_path / "runs").stat().st_ctime - 3600
+        assert str(folder / name).removeprefix(str(kedit.ROOT) + "/") in done.stdout
+    edits = Results.load(Params.read(kedit.ROOT / "params/rq1/smoke.yaml"), folder).edits
+    assert [edit["number"] for edit in edits if edit["method"] == "rome"] == [1, 2]
+    assert all(edit["amplification"] < 2 for edit in edits if edit["method"] == "rome")
