@@ -1,9 +1,11 @@
 """Reading the live model: log-probabilities of continuations and greedy generation.
 
-Every text is read once. Contexts that start alike (few-shot exemplars) share the reading of what they
-have in common; continuations of one context (the choices of a question) share the reading of the
-context; single-token continuations are read off the context's last logits. Keys and values are cached
-for one state of the model only, so nothing outlives an edit.
+Everything that is asked is laid out as a tree of tokens: a prefix that all contexts share (few-shot
+exemplars), the contexts, and the continuations of each context (the choices of a question). Every
+token of the tree runs through the model once. Many branches are packed into one sequence without
+padding; a mask lets each token see its own ancestors only and its position is its depth, so each
+branch is computed as if it stood alone (tests/test_scoring.py compares). The keys and values kept
+between forwards belong to one state of the model and outlive no edit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,178 +15,119 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kedit.keys import pad
 from kedit.models import LM
 
-BUDGET = 12_288
-"""Tokens (cached ones included) in one batch; bounds memory, not results."""
+PACK = 384
+"""Tokens in one packed sequence: enough to keep the matrix products busy, few enough for its mask."""
+ROWS = 48
+"""Texts generated together."""
 
-Past = list[tuple[Tensor, Tensor]]
+Ids = Sequence[int]
+TRUNK, CONTEXT = -1, 0  # owner of the prefix's tokens; branch of a context's own tokens
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
+def common_prefix(sequences: Sequence[Ids]) -> list[int]:
     """Longest common prefix that leaves every sequence at least one token."""
     low, high = min(sequences), max(sequences)
-    length = 0
-    limit = min(map(len, sequences)) - 1
+    limit, length = min(map(len, sequences)) - 1, 0
     while length < limit and low[length] == high[length]:
         length += 1
     return list(low[:length])
 
 
-def _cache(past: Past) -> DynamicCache:
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(past):
-        cache.update(keys, values, index)
-    return cache
+@dataclass
+class Tokens:
+    """Tokens of a tree: which context each belongs to, which continuation (0: none), and its depth."""
 
+    owner: Tensor
+    branch: Tensor
+    position: Tensor
 
-def _past(cache: DynamicCache) -> Past:
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    def __getitem__(self, index) -> "Tokens":
+        return Tokens(self.owner[index], self.branch[index], self.position[index])
 
-
-def _select(past: Past, rows: Tensor) -> Past:
-    return [(keys[rows], values[rows]) for keys, values in past]
+    @staticmethod
+    def cat(parts: Sequence["Tokens"]) -> "Tokens":
+        """Tokens one after another."""
+        return Tokens(*(torch.cat([getattr(p, n) for p in parts]) for n in ("owner", "branch", "position")))
 
 
 @dataclass
-class Reading:
-    """A batch of contexts that has been read.
+class Read:
+    """Tokens that have been read: keys and values of each layer, (1, heads, tokens, width)."""
 
-    Attributes:
-        logits: (B, V) float32, for the token after each context.
-        past: keys and values, (B, heads, S, width) a layer.
-        mask: (B, S), 0 where a context is padded.
-        lengths: (B,) tokens of each context.
-    """
+    tokens: Tokens
+    past: list[tuple[Tensor, Tensor]]
 
-    lm: LM
-    logits: Tensor
-    past: Past
-    mask: Tensor
-    lengths: Tensor
+    def __getitem__(self, index) -> "Read":
+        return Read(self.tokens[index], [(keys[:, :, index], values[:, :, index]) for keys, values in self.past])
 
-    def rows(self, which: Sequence[int]) -> "Reading":
-        """The same for some of the rows, in any order, repeats allowed."""
-        index = torch.tensor(which, device=self.logits.device)
-        return Reading(self.lm, self.logits[index], _select(self.past, index), self.mask[index], self.lengths[index])
-
-    def read_on(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, "Reading"]:
-        """Read further tokens (B, T), right-padded: final hidden states (B, T, d) and the new reading."""
-        lm = self.lm
-        cache = _cache(self.past)
-        whole = torch.cat([self.mask, mask], 1)
-        hidden = lm.anatomy.base(
-            input_ids=ids,
-            attention_mask=whole,
-            position_ids=self.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        count = mask.sum(1)
-        last = hidden[torch.arange(len(ids), device=ids.device), count - 1]
-        return hidden, Reading(lm, lm.logits(last), _past(cache), whole, self.lengths + count)
+    @staticmethod
+    def cat(parts: Sequence["Read"]) -> "Read":
+        """Several readings side by side."""
+        layers = zip(*(part.past for part in parts), strict=True)
+        past = [(torch.cat([k for k, _ in layer], 2), torch.cat([v for _, v in layer], 2)) for layer in layers]
+        return Read(Tokens.cat([part.tokens for part in parts]), past)
 
 
-def _start(lm: LM, prefix: Sequence[int], batch: int) -> Reading:
-    """The reading of a shared prefix, as ``batch`` equal rows."""
-    device = lm.device
-    if not prefix:
-        empty = torch.zeros(batch, 0, dtype=torch.long, device=device)
-        return Reading(lm, torch.empty(batch, 0), [], empty, torch.zeros(batch, dtype=torch.long, device=device))
+def _forward(lm: LM, ids: Ids, tokens: Tokens, before: Read | None) -> tuple[Tensor, Read]:
+    """Run tokens through the model: their final hidden states (T, d), and all that is read by now."""
     cache = DynamicCache()
-    lm.anatomy.base(input_ids=torch.tensor([list(prefix)], device=device), past_key_values=cache, use_cache=True)
-    past = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in _past(cache)]
-    mask = torch.ones(batch, len(prefix), dtype=torch.long, device=device)
-    return Reading(lm, torch.empty(batch, 0), past, mask, mask.sum(1))
+    for layer, (keys, values) in enumerate(before.past if before else ()):
+        cache.update(keys, values, layer)
+    seen = Tokens.cat([before.tokens, tokens]) if before else tokens
+    same = (seen.owner == tokens.owner[:, None]) & ((seen.branch == CONTEXT) | (seen.branch == tokens.branch[:, None]))
+    depth = tokens.position[:, None] - seen.position
+    visible = (same | (seen.owner == TRUNK)) & (depth >= 0)
+    if window := getattr(lm.model.config, "sliding_window", None):
+        visible &= depth < window
+    dtype = lm.model.dtype
+    mask = torch.zeros(visible.shape, dtype=dtype, device=lm.device).masked_fill(~visible, torch.finfo(dtype).min)
+    hidden = lm.anatomy.base(
+        input_ids=torch.tensor([list(ids)], device=lm.device),
+        attention_mask=mask[None, None],
+        position_ids=tokens.position[None],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[0]
+    return hidden, Read(seen, [(layer.keys, layer.values) for layer in cache.layers])
 
 
-def readings(lm: LM, contexts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Reading]]:
-    """Read distinct contexts, longest first, in batches: (indices into contexts, their reading)."""
-    prefix = common_prefix(contexts)
-    order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
-    shared: Reading | None = None
-    while order:
-        size = max(1, BUDGET // (len(contexts[order[0]]) + 8))
-        batch, order = order[:size], order[size:]
-        if shared is None:
-            shared = _start(lm, prefix, 1)
-        start = shared.rows([0] * len(batch)) if prefix else _start(lm, prefix, len(batch))
-        ids, mask = pad([contexts[i][len(prefix) :] for i in batch], lm.device)
-        yield batch, start.read_on(ids, mask)[1]
+def _tokens(lm: LM, owner: int, branch: int, start: int, count: int) -> Tokens:
+    full = torch.full((count,), owner, device=lm.device)
+    return Tokens(full, torch.full_like(full, branch), torch.arange(start, start + count, device=lm.device))
 
 
-def _continuations(reading: Reading, asked: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[float, bool]]:
-    """(sum of log-probabilities, is it the greedy choice) of (row, continuation) pairs of a reading."""
-    logprobs = reading.logits.log_softmax(-1)
-    greedy = reading.logits.argmax(-1)
-    sums = [float(logprobs[row, tokens[0]]) for row, tokens in asked]
-    matches = [int(greedy[row]) == tokens[0] for row, tokens in asked]
-    longer = sorted((i for i, (_, tokens) in enumerate(asked) if len(tokens) > 1), key=lambda i: -len(asked[i][1]))
-    width = reading.mask.shape[1]
-    while longer:
-        size = max(1, BUDGET // (width + len(asked[longer[0]][1])))
-        batch, longer = longer[:size], longer[size:]
-        ids, mask = pad([asked[i][1][:-1] for i in batch], reading.logits.device)
-        hidden, _ = reading.rows([asked[i][0] for i in batch]).read_on(ids, mask)
-        labels, _ = pad([asked[i][1][1:] for i in batch], reading.logits.device)
-        where = mask.bool()
-        logits = reading.lm.logits(hidden[where])
-        said = torch.zeros(mask.shape, dtype=logits.dtype, device=logits.device)
-        said[where] = logits.log_softmax(-1).gather(1, labels[where][:, None])[:, 0]
-        hit = torch.ones_like(where)
-        hit[where] = logits.argmax(-1) == labels[where]
-        for i, total, match in zip(batch, said.sum(1).tolist(), hit.all(1).tolist(), strict=True):
-            sums[i] += total
-            matches[i] = matches[i] and match
-    return list(zip(sums, matches, strict=True))
-
-
-def _generate(reading: Reading, limit: int, finished: Callable[[int, list[int]], bool]) -> list[list[int]]:
-    """Greedy tokens for each row until ``finished(row, tokens)`` or the limit."""
-    tokens: list[list[int]] = [[] for _ in range(len(reading.logits))]
-    active = list(range(len(tokens)))
-    for step in range(limit):
-        chosen = reading.logits.argmax(-1).tolist()
-        for row, token in zip(active, chosen, strict=True):
-            tokens[row].append(token)
-        kept = [i for i, row in enumerate(active) if not finished(row, tokens[row])]
-        if not kept or step == limit - 1:
-            break
-        if len(kept) < len(active):
-            reading, active = reading.rows(kept), [active[i] for i in kept]
-        ids = torch.tensor([[tokens[row][-1]] for row in active], device=reading.logits.device)
-        _, reading = reading.read_on(ids, torch.ones_like(ids))
-    return tokens
-
-
-@torch.inference_mode()
-def loglikelihoods(lm: LM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-    """Sum of log-probabilities of each continuation after its context, and whether greedy decoding says it.
-
-    Args:
-        pairs: (context ids, begin token included; continuation ids, at least one).
-    """
-    return read(lm, pairs, [])[0]
+def _packs(costs: Sequence[int]) -> Iterator[list[int]]:
+    """Indices in order, in groups of at most PACK tokens (or one index)."""
+    pack: list[int] = []
+    for index, cost in enumerate(costs):
+        if pack and sum(costs[i] for i in pack) + cost > PACK:
+            yield pack
+            pack = []
+        pack.append(index)
+    if pack:
+        yield pack
 
 
 @torch.inference_mode()
 def read(
     lm: LM,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    prompts: Sequence[Sequence[int]],
+    pairs: Sequence[tuple[Ids, Ids]],
+    prompts: Sequence[Ids],
     limit: int = 16,
-    finished: Callable[[int, list[int]], bool] = lambda row, tokens: False,
+    finished: Callable[[int, list[int]], bool] = lambda prompt, tokens: False,
 ) -> tuple[list[tuple[float, bool]], list[list[int]]]:
-    """Score continuations and generate from prompts, each distinct context read once for both.
+    """Score continuations and generate from prompts; each distinct context is read once for both.
 
     Args:
-        pairs: as for ``loglikelihoods``.
+        pairs: (context ids, begin token included; continuation ids, at least one).
         prompts: contexts to continue greedily, by at most ``limit`` tokens.
-        finished: (index of the prompt, its tokens so far) -> stop here.
+        finished: (index of the prompt, its new tokens) -> stop here.
 
     Returns:
-        one (sum of log-probabilities, greedy) a pair, and one list of token ids a prompt.
+        for each pair the sum of the continuation's log-probabilities and whether greedy decoding says
+        it; for each prompt the new token ids.
     """
     asked: dict[tuple[int, ...], list[int]] = {}
     wanted: dict[tuple[int, ...], list[int]] = {}
@@ -197,17 +140,97 @@ def read(
     texts: list[list[int]] = [[] for _ in prompts]
     if not contexts:
         return scores, texts
-    for batch, reading in readings(lm, contexts):
-        here = [(row, index) for row, i in enumerate(batch) for index in asked.get(contexts[i], ())]
-        for (_, index), score in zip(
-            here, _continuations(reading, [(row, pairs[index][1]) for row, index in here]), strict=True
-        ):
-            scores[index] = score
-        rows = [row for row, i in enumerate(batch) if contexts[i] in wanted]
-        if rows:
-            owners = [wanted[contexts[batch[row]]] for row in rows]
-            generated = _generate(reading.rows(rows), limit, lambda row, tokens: finished(owners[row][0], tokens))
-            for indices, tokens in zip(owners, generated, strict=True):
-                for index in indices:
-                    texts[index] = tokens
+
+    prefix = common_prefix(contexts)
+    trunk = _forward(lm, prefix, _tokens(lm, TRUNK, CONTEXT, 0, len(prefix)), None)[1] if prefix else None
+    costs = [len(c) - len(prefix) + sum(len(pairs[i][1]) - 1 for i in asked.get(c, ())) for c in contexts]
+    waiting: list[tuple[int, int, Read]] = []  # (prompt, its first token, its context as read)
+    for pack in _packs(costs):
+        ids: list[int] = []
+        parts: list[Tokens] = []
+        ends: list[int] = []  # place in the pack of each context's last token
+        reads: list[list[int]] = []  # for each pair of the pack, the places that predict its tokens
+        for owner in pack:
+            context = contexts[owner]
+            parts.append(_tokens(lm, owner, CONTEXT, len(prefix), len(context) - len(prefix)))
+            ids += context[len(prefix) :]
+            ends.append(len(ids) - 1)
+            for branch, index in enumerate(asked.get(context, ()), 1):
+                more = pairs[index][1][:-1]
+                parts.append(_tokens(lm, owner, branch, len(context), len(more)))
+                reads.append([ends[-1], *range(len(ids), len(ids) + len(more))])
+                ids += more
+        hidden, seen = _forward(lm, ids, Tokens.cat(parts), trunk)
+        indices = [index for owner in pack for index in asked.get(contexts[owner], ())]
+        _score(lm, hidden, reads, [pairs[index][1] for index in indices], indices, scores)
+
+        starts = [(place, contexts[owner], owner) for place, owner in zip(ends, pack, strict=True)]
+        starts = [start for start in starts if start[1] in wanted]
+        if starts:
+            firsts = lm.logits(hidden[[place for place, _, _ in starts]]).argmax(-1).tolist()
+            own = (seen.tokens.branch == CONTEXT) & (seen.tokens.owner != TRUNK)
+            for first, (_, context, owner) in zip(firsts, starts, strict=True):
+                kept = seen[(own & (seen.tokens.owner == owner)).nonzero()[:, 0]]
+                waiting.append((wanted[context][0], first, kept))
+    for start in range(0, len(waiting), ROWS):
+        for prompt, tokens in _generate(lm, waiting[start : start + ROWS], trunk, limit, finished).items():
+            for index in wanted[tuple(prompts[prompt])]:
+                texts[index] = tokens
     return scores, texts
+
+
+def _score(
+    lm: LM,
+    hidden: Tensor,
+    reads: Sequence[list[int]],
+    continuations: Sequence[Ids],
+    indices: Sequence[int],
+    scores: list[tuple[float, bool]],
+) -> None:
+    """Fill in the scores of continuations whose tokens are predicted at the places ``reads``."""
+    if not reads:
+        return
+    places = sorted({place for row in reads for place in row})
+    logprobs = lm.logits(hidden[places]).log_softmax(-1)
+    rank = {place: i for i, place in enumerate(places)}
+    best = logprobs.argmax(-1).tolist()
+    flat = [
+        (rank[place], token)
+        for row, ids in zip(reads, continuations, strict=True)
+        for place, token in zip(row, ids, strict=True)
+    ]
+    said = iter(logprobs[[i for i, _ in flat], [token for _, token in flat]].tolist())
+    for index, row, ids in zip(indices, reads, continuations, strict=True):
+        greedy = all(best[rank[place]] == token for place, token in zip(row, ids, strict=True))
+        scores[index] = (sum(next(said) for _ in ids), greedy)
+
+
+def _generate(
+    lm: LM,
+    waiting: Sequence[tuple[int, int, Read]],
+    trunk: Read | None,
+    limit: int,
+    finished: Callable[[int, list[int]], bool],
+) -> dict[int, list[int]]:
+    """Greedy decoding of several contexts side by side: prompt -> new tokens."""
+    tokens = {prompt: [first] for prompt, first, _ in waiting}
+    owners = {prompt: int(own.tokens.owner[0]) for prompt, _, own in waiting}
+    depth = {prompt: int(own.tokens.position[-1]) + 1 for prompt, _, own in waiting}
+    seen = Read.cat([*([trunk] if trunk else []), *(own for _, _, own in waiting)])
+    active = [prompt for prompt in tokens if not finished(prompt, tokens[prompt])]
+    while active and len(tokens[active[0]]) < limit:
+        step = Tokens.cat([_tokens(lm, owners[p], CONTEXT, depth[p] + len(tokens[p]) - 1, 1) for p in active])
+        hidden, seen = _forward(lm, [tokens[p][-1] for p in active], step, seen)
+        for prompt, token in zip(active, lm.logits(hidden).argmax(-1).tolist(), strict=True):
+            tokens[prompt].append(token)
+        left = [prompt for prompt in active if not finished(prompt, tokens[prompt])]
+        if len(left) < len(active):  # what finished texts have read is of no more use
+            keep = torch.tensor([TRUNK, *(owners[p] for p in left)], device=lm.device)
+            seen = seen[torch.isin(seen.tokens.owner, keep).nonzero()[:, 0]]
+        active = left
+    return tokens
+
+
+def loglikelihoods(lm: LM, pairs: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
+    """Sum of log-probabilities of each continuation after its context, and whether greedy decoding says it."""
+    return read(lm, pairs, [])[0]

@@ -22,9 +22,9 @@ def texts(lm):
     return [(context, continuation) for context in contexts for continuation in continuations]
 
 
-@pytest.mark.parametrize("budget", [12_288, 40])
-def test_loglikelihoods_equal_one_forward_each(lm, budget, monkeypatch):
-    monkeypatch.setattr(scoring, "BUDGET", budget)
+@pytest.mark.parametrize("pack", [384, 30])
+def test_loglikelihoods_equal_one_forward_each(lm, pack, monkeypatch):
+    monkeypatch.setattr(scoring, "PACK", pack)
     pairs = texts(lm)
     context = pairs[0][0]
     best = lm.model(torch.tensor([context])).logits[0, -1].argmax().item()

@@ -1,4 +1,4 @@
-"""Writes the items of the mini suite: `python make_items.py` reproduces the JSONL files byte for byte.
+"""Writes the items of the mini suite: running it reproduces the JSONL files byte for byte.
 
 mini_bbh and mini_gsm8k are generated here. The other items were written by hand and live in their
 JSONL files; for those with choices this script only puts the choices in a seeded order, every block
@@ -23,7 +23,7 @@ def choose(right: str, wrong: list[str]) -> Item:
 
 
 def window(rng: Rng, ring: list[str], at: int, low: int, high: int) -> Item:
-    """`ring[at]` among four neighbours from `ring[low]` to `ring[high]`, its rank among them random."""
+    """`ring[at]` among four neighbours of `ring[low]` to `ring[high]`, its rank random."""
     start = rng.randint(max(low, at - 3), min(at, high - 3))
     four = range(start, start + 4)
     return choose(ring[at % len(ring)], [ring[i % len(ring)] for i in four if i != at])
@@ -43,55 +43,20 @@ def place(task: str, items: list[Item]) -> list[Item]:
 
 
 # ---- mini_bbh: one function a kind, all four-way, as text to be completed -----------------------
+# fmt: off
 NUMBERS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve",
 ]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
+    "January", "February", "March", "April", "May", "June", "July", "August", "September",
+    "October", "November", "December",
 ]
 COLOURS = ["red", "blue", "green", "black", "white", "yellow", "brown", "pink"]
-OBJECTS = ["pen", "cup", "book", "hat", "lamp", "box", "bag", "coat", "key", "ring"]
 NAMES = [
-    "Anna",
-    "Ben",
-    "Carl",
-    "Dora",
-    "Emma",
-    "Fred",
-    "Gina",
-    "Henry",
-    "Jane",
-    "Kate",
-    "Leo",
-    "Mary",
-    "Nina",
-    "Paul",
-    "Rosa",
-    "Tom",
+    "Anna", "Ben", "Carl", "Dora", "Emma", "Fred", "Gina", "Henry", "Jane", "Kate", "Leo", "Mary",
+    "Nina", "Paul", "Rosa", "Tom",
 ]
 GROUPS = {
     "fruits": ["apples", "pears", "plums", "lemons", "bananas"],
@@ -99,31 +64,14 @@ GROUPS = {
     "tools": ["hammers", "saws", "drills", "axes", "shovels"],
 }
 WORDS = [
-    "apple",
-    "bread",
-    "chair",
-    "dress",
-    "eagle",
-    "flower",
-    "grape",
-    "house",
-    "island",
-    "jacket",
-    "kettle",
-    "lemon",
-    "mirror",
-    "night",
-    "orange",
-    "paper",
-    "queen",
-    "river",
-    "snow",
-    "table",
-    "uncle",
-    "voice",
-    "water",
-    "yellow",
+    "apple", "bread", "chair", "dress", "eagle", "flower", "grape", "house", "island", "jacket",
+    "kettle", "lemon", "mirror", "night", "orange", "paper", "queen", "river", "snow", "table",
+    "uncle", "voice", "water", "yellow",
 ]
+THINGS = [
+    "apples", "books", "coins", "shells", "cards", "stamps", "eggs", "pens", "marbles", "buttons",
+]
+# fmt: on
 ORDERS = [
     ("older", "oldest", "youngest"),
     ("taller", "tallest", "shortest"),
@@ -161,7 +109,8 @@ def deduction(rng: Rng) -> Item:
     a, b, c, d = rng.sample(NAMES, 4)
     more, most, least = rng.choice(ORDERS)
     end, right = rng.choice([(most, a), (least, d)])
-    text = f"{a} is {more} than {b}. {b} is {more} than {c}. {c} is {more} than {d}. The {end} of them is"
+    text = f"{a} is {more} than {b}. {b} is {more} than {c}. {c} is {more} than {d}."
+    text += f" The {end} of them is"
     return {"question": text} | choose(right, [n for n in (a, b, c, d) if n != right])
 
 
@@ -213,23 +162,12 @@ def pattern(rng: Rng) -> Item:
 
 
 def bbh() -> list[Item]:
+    """Fifteen items of each kind."""
     kinds = [counting, dates, deduction, navigation, letters, sequence, brackets, pattern]
     return place("mini_bbh", generate("mini_bbh", 15, kinds))
 
 
 # ---- mini_gsm8k: two-step story sums ----------------------------------------------------------
-THINGS = [
-    "apples",
-    "books",
-    "coins",
-    "shells",
-    "cards",
-    "stamps",
-    "eggs",
-    "pens",
-    "marbles",
-    "buttons",
-]
 GAIN = ["finds {} more", "buys {} more", "gets {} more", "wins {} more"]
 
 
@@ -252,11 +190,13 @@ def times_add(rng: Rng) -> Item:
 
 
 def story(text: str, name: str, things: str, steps: str, total: int) -> Item:
+    """The item that asks for the total; exemplars answer with the steps."""
     question = f"{text} How many {things} does {name} have now?"
     return {"question": question, "steps": steps, "answer": str(total)}
 
 
 def gsm8k() -> list[Item]:
+    """Sixty items of each kind."""
     return generate("mini_gsm8k", 60, [add_add, times_add])
 
 
@@ -274,22 +214,25 @@ def generate(task: str, each: int, kinds: list[Callable[[Rng], Item]]) -> list[I
 
 
 def read(task: str) -> list[Item]:
+    """The items as they lie in the folder."""
     return [json.loads(line) for line in (HERE / f"{task}.jsonl").read_text("utf-8").splitlines()]
 
 
 def write(task: str, items: list[Item]) -> None:
+    """One item a line."""
     lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
     (HERE / f"{task}.jsonl").write_text("".join(lines), "utf-8", newline="\n")
 
 
 def main() -> None:
+    """Write all files but those of mini_triviaqa and mini_toxigen, which need no ordering."""
     write("mini_bbh", bbh())
     write("mini_gsm8k", gsm8k())
     for task in ("mini_mmlu", "mini_csqa", "mini_truthfulqa"):
         items = read(task)
         if task == "mini_truthfulqa":  # MC1: the best true answer against the popular false one
             for item in items:
-                item |= choose(item["correct_answers"][0], item["incorrect_answers"][:1])
+                item.update(choose(item["correct_answers"][0], item["incorrect_answers"][:1]))
         write(task, place(task, items))
 
 

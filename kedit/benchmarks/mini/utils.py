@@ -10,6 +10,4 @@ import datasets
 def load(file: str, **_: Any) -> datasets.DatasetDict:
     """Return the items of `file` as the only split, `test` (lm-eval passes its metadata too)."""
     lines = (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()
-    return datasets.DatasetDict(
-        test=datasets.Dataset.from_list([json.loads(line) for line in lines])
-    )
+    return datasets.DatasetDict(test=datasets.Dataset.from_list([json.loads(line) for line in lines]))
