@@ -68,8 +68,8 @@ def _figures(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from kedit.study import Params, Results
     from kedit.report import differences
+    from kedit.study import Params, Results
 
     params = Params.read(args.params)
     fresh, committed = (

@@ -5,6 +5,8 @@ exemplars, filters and metrics are lm-eval's; only the forward passes are ours (
 with the same answers as lm-eval's ``hf`` model (tests/test_evaluate.py).
 """
 
+import contextlib
+import io
 import logging
 import math
 from functools import cache
@@ -60,7 +62,7 @@ class SharedPrefixLM(HFLM):
                 return any(stop in self.tok_decode(tokens[-16:], skip_special_tokens=False) for stop in stops)
 
             contexts = [self.tok_encode(requests[index].args[0]) for index in indices]
-            _, generated = read(self.lm, [], contexts, settings["max_gen_toks"], finished)
+            _, generated = read(self.lm, [], contexts, settings["max_gen_toks"], finished, self.lm.drafts)
             for index, tokens in zip(indices, generated, strict=True):
                 if self.eot_token_id in tokens:
                     tokens = tokens[: tokens.index(self.eot_token_id)]
@@ -90,7 +92,8 @@ def evaluate(lm: LM, name: str, limit: int | None = None) -> list[dict[str, Any]
     about = benchmarks.metadata(name)
     if getattr(lm, "_harness", None) is None:
         lm._harness = SharedPrefixLM(lm)
-    with torch.inference_mode():
+    # lm-eval draws progress bars of its own, one for each of many short steps
+    with torch.inference_mode(), contextlib.redirect_stderr(io.StringIO()):
         results = lm_eval.evaluate(
             lm=lm._harness,
             task_dict={name: benchmarks.task(name)},

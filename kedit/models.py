@@ -125,6 +125,8 @@ class LM:
         self.anatomy = Anatomy(model)
         self.journal = Journal(self)
         self.begin = [begin_token(tokenizer)] if begin else []
+        self.drafts: dict[tuple[int, ...], list[int]] = {}
+        """What was last generated from each prompt: guesses that make generating again cheaper."""
 
     @property
     def device(self) -> torch.device:

@@ -23,7 +23,8 @@ ROWS = 48
 """Texts generated together."""
 
 Ids = Sequence[int]
-TRUNK, CONTEXT = -1, 0  # owner of the prefix's tokens; branch of a context's own tokens
+TRUNK = -1  # owner of the prefix's tokens
+CONTEXT, GUESS = 0, -1  # branches of a context's own tokens and of a guess at what follows it
 
 
 def common_prefix(sequences: Sequence[Ids]) -> list[int]:
@@ -117,6 +118,7 @@ def read(
     prompts: Sequence[Ids],
     limit: int = 16,
     finished: Callable[[int, list[int]], bool] = lambda prompt, tokens: False,
+    drafts: dict[tuple[int, ...], list[int]] | None = None,
 ) -> tuple[list[tuple[float, bool]], list[list[int]]]:
     """Score continuations and generate from prompts; each distinct context is read once for both.
 
@@ -124,6 +126,9 @@ def read(
         pairs: (context ids, begin token included; continuation ids, at least one).
         prompts: contexts to continue greedily, by at most ``limit`` tokens.
         finished: (index of the prompt, its new tokens) -> stop here.
+        drafts: guesses by prompt, such as what the model said before an edit. A guess is read in one go and
+            kept as far as greedy decoding would have said the same, so it changes the cost and nothing
+            else. Updated with what is generated.
 
     Returns:
         for each pair the sum of the continuation's log-probabilities and whether greedy decoding says
@@ -143,40 +148,61 @@ def read(
 
     prefix = common_prefix(contexts)
     trunk = _forward(lm, prefix, _tokens(lm, TRUNK, CONTEXT, 0, len(prefix)), None)[1] if prefix else None
-    costs = [len(c) - len(prefix) + sum(len(pairs[i][1]) - 1 for i in asked.get(c, ())) for c in contexts]
-    waiting: list[tuple[int, int, Read]] = []  # (prompt, its first token, its context as read)
+    guesses = {c: (drafts or {}).get(c, [])[: limit - 1] for c in wanted}
+    costs = [
+        len(c) - len(prefix) + len(guesses.get(c, ())) + sum(len(pairs[i][1]) - 1 for i in asked.get(c, ()))
+        for c in contexts
+    ]
+    waiting: list[tuple[int, list[int], Read]] = []  # (prompt, its tokens so far, all but the last as read)
     for pack in _packs(costs):
         ids: list[int] = []
         parts: list[Tokens] = []
-        ends: list[int] = []  # place in the pack of each context's last token
+        ends: list[list[int]] = []  # places of each context's last token and of its guess
         reads: list[list[int]] = []  # for each pair of the pack, the places that predict its tokens
         for owner in pack:
             context = contexts[owner]
             parts.append(_tokens(lm, owner, CONTEXT, len(prefix), len(context) - len(prefix)))
             ids += context[len(prefix) :]
-            ends.append(len(ids) - 1)
+            guess = guesses.get(context, [])
+            ends.append(list(range(len(ids) - 1, len(ids) + len(guess))))
+            parts.append(_tokens(lm, owner, GUESS, len(context), len(guess)))
+            ids += guess
             for branch, index in enumerate(asked.get(context, ()), 1):
                 more = pairs[index][1][:-1]
                 parts.append(_tokens(lm, owner, branch, len(context), len(more)))
-                reads.append([ends[-1], *range(len(ids), len(ids) + len(more))])
+                reads.append([ends[-1][0], *range(len(ids), len(ids) + len(more))])
                 ids += more
         hidden, seen = _forward(lm, ids, Tokens.cat(parts), trunk)
         indices = [index for owner in pack for index in asked.get(contexts[owner], ())]
         _score(lm, hidden, reads, [pairs[index][1] for index in indices], indices, scores)
 
-        starts = [(place, contexts[owner], owner) for place, owner in zip(ends, pack, strict=True)]
-        starts = [start for start in starts if start[1] in wanted]
-        if starts:
-            firsts = lm.logits(hidden[[place for place, _, _ in starts]]).argmax(-1).tolist()
-            own = (seen.tokens.branch == CONTEXT) & (seen.tokens.owner != TRUNK)
-            for first, (_, context, owner) in zip(firsts, starts, strict=True):
-                kept = seen[(own & (seen.tokens.owner == owner)).nonzero()[:, 0]]
-                waiting.append((wanted[context][0], first, kept))
+        starts = [(owner, places) for owner, places in zip(pack, ends, strict=True) if contexts[owner] in wanted]
+        flat = [place for _, places in starts for place in places]
+        best = iter(lm.logits(hidden[flat]).argmax(-1).tolist() if flat else ())
+        for owner, places in starts:
+            context = contexts[owner]
+            said = [next(best) for _ in places]
+            guess, prompt = guesses[context], wanted[context][0]
+            right = 0
+            while right < len(guess) and said[right] == guess[right] and not finished(prompt, guess[: right + 1]):
+                right += 1
+            waiting.append((prompt, said[: right + 1], _adopt(seen, owner, len(context) + right)))
     for start in range(0, len(waiting), ROWS):
         for prompt, tokens in _generate(lm, waiting[start : start + ROWS], trunk, limit, finished).items():
             for index in wanted[tuple(prompts[prompt])]:
                 texts[index] = tokens
+            if drafts is not None:
+                drafts[tuple(prompts[prompt])] = tokens
     return scores, texts
+
+
+def _adopt(seen: Read, owner: int, depth: int) -> Read:
+    """A context and what was right of its guess, up to a depth, as one text of its own."""
+    tokens = seen.tokens
+    mine = (tokens.owner == owner) & (tokens.branch <= CONTEXT) & (tokens.position < depth)
+    own = seen[mine.nonzero()[:, 0]]
+    own.tokens.branch.fill_(CONTEXT)
+    return own
 
 
 def _score(
@@ -207,23 +233,28 @@ def _score(
 
 def _generate(
     lm: LM,
-    waiting: Sequence[tuple[int, int, Read]],
+    waiting: Sequence[tuple[int, list[int], Read]],
     trunk: Read | None,
     limit: int,
     finished: Callable[[int, list[int]], bool],
 ) -> dict[int, list[int]]:
     """Greedy decoding of several contexts side by side: prompt -> new tokens."""
-    tokens = {prompt: [first] for prompt, first, _ in waiting}
+    tokens = {prompt: list(said) for prompt, said, _ in waiting}
     owners = {prompt: int(own.tokens.owner[0]) for prompt, _, own in waiting}
-    depth = {prompt: int(own.tokens.position[-1]) + 1 for prompt, _, own in waiting}
+    depth = {prompt: int(own.tokens.position[-1]) + 1 for prompt, _, own in waiting}  # of the last token said
     seen = Read.cat([*([trunk] if trunk else []), *(own for _, _, own in waiting)])
-    active = [prompt for prompt in tokens if not finished(prompt, tokens[prompt])]
-    while active and len(tokens[active[0]]) < limit:
-        step = Tokens.cat([_tokens(lm, owners[p], CONTEXT, depth[p] + len(tokens[p]) - 1, 1) for p in active])
+
+    def unfinished(some: Sequence[int]) -> list[int]:
+        return [p for p in some if len(tokens[p]) < limit and not finished(p, tokens[p])]
+
+    active = unfinished(list(tokens))
+    while active:
+        step = Tokens.cat([_tokens(lm, owners[p], CONTEXT, depth[p], 1) for p in active])
         hidden, seen = _forward(lm, [tokens[p][-1] for p in active], step, seen)
         for prompt, token in zip(active, lm.logits(hidden).argmax(-1).tolist(), strict=True):
             tokens[prompt].append(token)
-        left = [prompt for prompt in active if not finished(prompt, tokens[prompt])]
+            depth[prompt] += 1
+        left = unfinished(active)
         if len(left) < len(active):  # what finished texts have read is of no more use
             keep = torch.tensor([TRUNK, *(owners[p] for p in left)], device=lm.device)
             seen = seen[torch.isin(seen.tokens.owner, keep).nonzero()[:, 0]]

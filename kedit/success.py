@@ -46,7 +46,7 @@ def measure(lm: LM, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
             prompts.append(context)
 
     newline = lm.encode("\n")[0]
-    scores, texts = read(lm, pairs, prompts, longest + 1, lambda _, tokens: tokens[-1] == newline)
+    scores, texts = read(lm, pairs, prompts, longest + 1, lambda _, tokens: tokens[-1] == newline, lm.drafts)
     for index, item in enumerate(items):
         for offset, name in enumerate(("new", "true")):
             total, _ = scores[2 * index + offset]

@@ -1,9 +1,5 @@
 """Tiny random models of the four architectures, built here; the real SmolLM2 where a test needs it."""
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -40,7 +40,7 @@ def test_activations_are_those_of_the_whole_forward(lm):
                 seen = {}
                 module = lm.anatomy.blocks[layer] if at == "block" else lm.anatomy.down(layer)
                 handle = module.register_forward_hook(
-                    lambda _, args, output, seen=seen: seen.update(x=args[0] if at == "key" else output)
+                    lambda _, args, output, at=at, seen=seen: seen.update(x=args[0] if at == "key" else output)
                 )
                 lm.model(torch.tensor([list(text.ids)]))
                 handle.remove()

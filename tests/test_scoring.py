@@ -48,6 +48,27 @@ def test_generation_equals_greedy_decoding(lm):
         assert tokens == ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("wrong_from", [0, 1, 4, 8])
+def test_guesses_change_nothing(lm, wrong_from):
+    """Right, partly right, too long and wrong guesses: the same tokens as without."""
+    prompts = list(dict.fromkeys(tuple(context) for context, _ in texts(lm)))
+    stop = {1: 3}
+
+    def finished(row, tokens):
+        return len(tokens) == stop.get(row, 99)
+
+    _, plain = read(lm, [], prompts, 8, finished)
+    guesses = {}
+    for prompt, tokens in zip(prompts, plain, strict=True):
+        guesses[prompt] = [*tokens[:wrong_from], *((token + 1) % 700 for token in tokens[wrong_from:]), 5]
+    scores, found = read(lm, texts(lm), prompts, 8, finished, guesses)
+    assert found == plain
+    assert guesses == dict(zip(prompts, plain, strict=True))
+    for (total, greedy), expected in zip(scores, loglikelihoods(lm, texts(lm)), strict=True):
+        assert total == pytest.approx(expected[0], abs=1e-4)
+        assert greedy == expected[1]
+
+
 def test_common_prefix_leaves_a_token():
     assert common_prefix([[1, 2, 3], [1, 2, 4]]) == [1, 2]
     assert common_prefix([[1, 2], [1, 2, 4]]) == [1]
