@@ -10,8 +10,12 @@ The five lines most people need::
 """
 
 import os
+import warnings
 from importlib import import_module
 from pathlib import Path
+
+# tqdm asks for ipywidgets in notebooks; its plain bar will do, and the warning would carry local paths.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path(os.environ.get("KEDIT_RUNS", ROOT / "runs"))

@@ -63,7 +63,7 @@ def ability_panel(ax: Axes, rows: pd.DataFrame, benchmark: str) -> None:
     """One benchmark against the number of edits, with the unedited score and chance."""
     methods = list(dict.fromkeys(rows.method))
     for method in methods:
-        _curve(ax, rows[rows.method == method], *style(method, methods), "-")
+        _curve(ax, rows[rows.method == method], *style(method, methods), "-", band=method != "control")
     base = rows[rows.edits == 0].iloc[0]
     ax.axhline(base.value, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
     ax.axhline(base.chance, color="black", linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
@@ -119,6 +119,7 @@ def rq1(curves: pd.DataFrame, names: list[str]) -> Figure:
         ]
         figure.tight_layout(rect=(0, 0.0, 1, 1 - 0.42 / figure.get_figheight()))
         figure.legend(handles=handles, loc="upper center", ncol=len(handles), columnspacing=1.4, handlelength=2.6)
+    plt.close(figure)  # so that a notebook shows it once, where it is named
     return figure
 
 
