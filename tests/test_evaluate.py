@@ -7,6 +7,7 @@ import yaml
 from lm_eval import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
 
+import kedit
 from kedit import benchmarks, stats
 from kedit.evaluate import evaluate
 
@@ -15,8 +16,9 @@ LIMIT = 6
 
 @pytest.fixture(scope="module")
 def harness(smollm2):
-    """lm-eval's hf model on the same weights; the saved tokenizer names the begin token as its BOS."""
-    return HFLM(pretrained=smollm2.model, tokenizer=smollm2.tokenizer, batch_size=4, add_bos_token=True)
+    """lm-eval's hf model as its own command line loads it from the converted folder (README, mini suite)."""
+    folder = kedit.CACHE / "models" / smollm2.name
+    return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4, add_bos_token=True)
 
 
 @pytest.mark.parametrize("name", benchmarks.SUITES["mini"])

@@ -44,7 +44,7 @@ def test_activations_are_those_of_the_whole_forward(lm):
                 )
                 lm.model(torch.tensor([list(text.ids)]))
                 handle.remove()
-                assert torch.allclose(found[layer][index], seen["x"][0, text.subject], atol=1e-5)
+                assert torch.allclose(found[layer][index], seen["x"][0, text.subject], rtol=1e-4, atol=1e-4)
 
 
 def test_second_moment_is_the_mean_over_all_tokens(llama, tmp_path, monkeypatch):
