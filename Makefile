@@ -1,4 +1,4 @@
-# make rq1              reproduce Figure RQ1 (about 20 minutes on two cores, after installing)
+# make rq1              reproduce Figure RQ1 (about 25 minutes on two cores, after installing)
 # make rq1 PARAMS=smoke the same in small (90 seconds)
 # make help             all targets
 
