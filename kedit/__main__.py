@@ -60,6 +60,12 @@ def _tables(args: argparse.Namespace) -> None:
     report.update_readme(args.names or list(report.TABLES))
 
 
+def _scan(args: argparse.Namespace) -> None:
+    from kedit import single
+
+    print(single.scan(args.method, args.settings, args.records).to_string(index=False))
+
+
 def _figures(args: argparse.Namespace) -> None:
     from kedit.report import redraw
 
@@ -97,6 +103,11 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("tables", help="measure the README's tables and write them into it")
     command.add_argument("names", nargs="*")
     command.set_defaults(function=_tables)
+    command = commands.add_parser("scan", help="try hyper-parameters on the validation split")
+    command.add_argument("method")
+    command.add_argument("settings", nargs="*", help="such as layer=[3,5,7]")
+    command.add_argument("--records", type=int, default=20)
+    command.set_defaults(function=_scan)
     args = parser.parse_args(argv)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

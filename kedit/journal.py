@@ -2,7 +2,8 @@
 
 A journal belongs to one model. It keeps the original bits of every matrix that was ever touched and
 the list of edits, so undoing is restoring and replaying, never subtracting, and is exact to the bit.
-Edits are small on disk: factors of low-rank updates, not matrices.
+Edits are small on disk where the method allows it: factors of low-rank updates or entries of a
+memory, not matrices.
 """
 
 import json
@@ -15,6 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from kedit import KeditError
+
 if TYPE_CHECKING:
     from kedit.models import LM
 
@@ -23,9 +26,23 @@ class EditFailed(Exception):
     """An editor found no update it could write (for example a non-finite one); the model is as before."""
 
 
+class Change:
+    """One thing that an edit does to a model. Fields are tensors or plain JSON values."""
+
+    def write(self, lm: "LM") -> None:
+        """Do it to the model."""
+        raise NotImplementedError
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Plain fields and tensor fields, for saving."""
+        fields = vars(self)
+        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in fields.items() if name not in tensors}, tensors
+
+
 @dataclass(frozen=True)
-class LowRank:
-    """One weight matrix W (d, m) gains ``left @ right.T``: left (d, r) and right (m, r), float64.
+class LowRank(Change):
+    """One weight matrix W (d, m) gains ``left @ right.T``: left (d, r) and right (m, r).
 
     The product is taken in float64, cast once to the weight's type, and added to the present W.
     """
@@ -39,7 +56,68 @@ class LowRank:
         from kedit.models import matrix
 
         weight = matrix(lm.model.get_submodule(self.module))
-        weight += (self.left @ self.right.T).to(weight)
+        weight += (self.left.double() @ self.right.double().T).to(weight)
+
+
+@dataclass(frozen=True)
+class Dense(Change):
+    """One weight matrix W (d, m) gains ``delta`` (d, m), for methods whose updates have full rank."""
+
+    module: str
+    delta: Tensor
+
+    def write(self, lm: "LM") -> None:
+        """Add delta to the model's weight."""
+        from kedit.models import matrix
+
+        weight = matrix(lm.model.get_submodule(self.module))
+        weight += self.delta.to(weight)
+
+
+@dataclass(frozen=True)
+class Restore(Change):
+    """One weight matrix gets back the bits it had before any edit."""
+
+    module: str
+
+    def write(self, lm: "LM") -> None:
+        """Put the original weight back."""
+        lm.journal.restore(self.module)
+
+
+@dataclass(frozen=True)
+class Entry(Change):
+    """A memory gains an entry (kedit/memory.py); ``memory`` is the name of its method."""
+
+    memory: str
+    values: dict[str, Any]
+
+    def write(self, lm: "LM") -> None:
+        """Add the values to the model's memory of that name.
+
+        Raises:
+            KeditError: the model has no such memory, because no editor of that name was made for it.
+        """
+        if self.memory not in lm.memories:
+            raise KeditError(
+                f"the journal holds an edit by {self.memory}: make kedit.editor({self.memory!r}, lm) first."
+            )
+        lm.memories[self.memory].add(self.values)
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The values, tensors apart."""
+        tensors = {name: value for name, value in self.values.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in self.values.items() if name not in tensors}
+        return {"memory": self.memory, "values": plain}, tensors
+
+
+KINDS: dict[str, type[Change]] = {kind.__name__: kind for kind in (LowRank, Dense, Restore, Entry)}
+
+
+def _load(kind: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Change:
+    if kind == "Entry":
+        return Entry(plain["memory"], {**plain["values"], **tensors})
+    return KINDS[kind](**plain, **tensors)
 
 
 @dataclass
@@ -51,11 +129,11 @@ class Edit:
 
     method: str
     request: str
-    changes: list[LowRank] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     journal: "Journal | None" = field(default=None, repr=False, compare=False)
 
-    def write(self, change: LowRank) -> None:
+    def write(self, change: Change) -> None:
         """Add one change to this edit and put it into the model."""
         self.changes.append(change)
         self.journal.write(change)
@@ -68,15 +146,12 @@ class Edit:
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors."""
-        tensors = {}
+        tensors, changes = {}, []
         for index, change in enumerate(self.changes):
-            tensors |= {f"{index}.left": change.left, f"{index}.right": change.right}
-        header = {
-            "method": self.method,
-            "request": self.request,
-            "info": self.info,
-            "modules": [change.module for change in self.changes],
-        }
+            plain, own = change.parts()
+            tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in own.items()}
+            changes.append({"kind": type(change).__name__, "plain": plain, "tensors": sorted(own)})
+        header = {"method": self.method, "request": self.request, "info": self.info, "changes": changes}
         return safetensors.torch.save(tensors, {"edit": json.dumps(header, sort_keys=True)})
 
     @classmethod
@@ -86,8 +161,8 @@ class Edit:
         header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["edit"])
         tensors = safetensors.torch.load(data)
         changes = [
-            LowRank(module, tensors[f"{index}.left"], tensors[f"{index}.right"])
-            for index, module in enumerate(header["modules"])
+            _load(change["kind"], change["plain"], {name: tensors[f"{index}.{name}"] for name in change["tensors"]})
+            for index, change in enumerate(header["changes"])
         ]
         return cls(header["method"], header["request"], changes, header["info"])
 
@@ -103,11 +178,17 @@ class Journal:
     def _weight(self, module: str) -> Tensor:
         return self.lm.model.get_submodule(module).weight
 
-    def write(self, change: LowRank) -> None:
-        """Put one change into the model, keeping the original bits on first touch."""
-        if change.module not in self._originals:
-            self._originals[change.module] = self._weight(change.module).detach().clone()
-        change.write(self.lm)
+    def write(self, change: Change) -> None:
+        """Put one change into the model, keeping the original bits of a weight on first touch."""
+        module = getattr(change, "module", None)
+        if module and module not in self._originals:
+            self._originals[module] = self._weight(module).detach().clone()
+        with torch.no_grad():
+            change.write(self.lm)
+
+    def restore(self, module: str) -> None:
+        """Put one weight back to its original bits (a change like any other: see ``Restore``)."""
+        self._weight(module).copy_(self._originals[module])
 
     @contextmanager
     def recording(self, method: str, request: str) -> Iterator[Edit]:
@@ -151,8 +232,10 @@ class Journal:
 
     def _rebuild(self) -> None:
         with torch.no_grad():
-            for module, original in self._originals.items():
-                self._weight(module).copy_(original)
+            for module in self._originals:
+                self.restore(module)
+            for memory in self.lm.memories.values():
+                memory.clear()
             for edit in self.edits:
                 for change in edit.changes:
                     change.write(self.lm)

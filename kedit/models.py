@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import kedit
 from kedit import KeditError
 from kedit.journal import Journal
+from kedit.memory import Memory
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ class LM:
         self.anatomy = Anatomy(model)
         self.journal = Journal(self)
         self.begin = [begin_token(tokenizer)] if begin else []
+        self.memories: dict[str, Memory] = {}
+        """Memories of the memory-based editors made for this model, by method."""
         self.drafts: dict[tuple[int, ...], list[int]] = {}
         """What was last generated from each prompt: guesses that make generating again cheaper."""
 

@@ -8,6 +8,7 @@ import pandas as pd
 
 import kedit
 from kedit import plots, stats
+from kedit.single import editing_table
 from kedit.store import write_atomic
 from kedit.study import Params, Results
 
@@ -161,42 +162,6 @@ def suite_table() -> pd.DataFrame:
                 "": "" if abs(distance) >= 3 else "floor",
             }
         )
-    return pd.DataFrame(rows)
-
-
-def editing_table(count: int = 50) -> pd.DataFrame:
-    """Single edits, each undone before the next, on the first records of the bundled edit split."""
-    import time
-    from statistics import median
-
-    from tqdm import tqdm
-
-    from kedit import facts
-    from kedit.editors import EDITORS, editor
-    from kedit.success import METRICS, measure, outcomes
-
-    lm = kedit.load("smollm2-135m-instruct")
-    requests = facts.bundled("edit")[:count]
-    before = {request.id: measure(lm, [request]) for request in requests}
-    rows = []
-    for name in EDITORS:
-        method = editor(name, lm)
-        method.prepare()
-        found: dict[str, list] = {}
-        seconds = []
-        for request in tqdm(requests, desc=name, mininterval=5):
-            start = time.perf_counter()
-            edit = method.apply(request)
-            seconds.append(time.perf_counter() - start)
-            for metric, items in outcomes(measure(lm, [request]), before[request.id]).items():
-                found.setdefault(metric, []).extend(items)
-            edit.undo()
-        row = {"method": plots.label_of(name)}
-        for metric in (*METRICS, *(f"{metric}_generated" for metric in METRICS)):
-            row[metric.replace("_", ", ")] = _interval(
-                pd.Series(stats.summarise(found[metric])), "value", "ci_low", "ci_high"
-            )
-        rows.append(row | {"seconds an edit": f"{median(seconds):.1f}"})
     return pd.DataFrame(rows)
 
 

@@ -6,15 +6,21 @@ token of the tree runs through the model once. Many branches are packed into one
 padding; a mask lets each token see its own ancestors only and its position is its depth, so each
 branch is computed as if it stood alone (tests/test_scoring.py compares). The keys and values kept
 between forwards belong to one state of the model and outlive no edit.
+
+Memory-based edits take part here: each memory is told where prompts end, and prompts that it routes
+elsewhere are read again by the route's model, after everything was read as if no memory were there, so
+that prompts out of scope keep their very bits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kedit.memory import Route, routes
 from kedit.models import LM
 
 PACK = 384
@@ -71,8 +77,11 @@ class Read:
         return Read(Tokens.cat([part.tokens for part in parts]), past)
 
 
-def _forward(lm: LM, ids: Ids, tokens: Tokens, before: Read | None) -> tuple[Tensor, Read]:
-    """Run tokens through the model: their final hidden states (T, d), and all that is read by now."""
+def _forward(lm: LM, ids: Ids, tokens: Tokens, before: Read | None, ends: Sequence[int] = ()) -> tuple[Tensor, Read]:
+    """Run tokens through the model: their final hidden states (T, d), and all that is read by now.
+
+    ``ends`` are the places of contexts' last tokens, where a memory may answer.
+    """
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(before.past if before else ()):
         cache.update(keys, values, layer)
@@ -84,13 +93,16 @@ def _forward(lm: LM, ids: Ids, tokens: Tokens, before: Read | None) -> tuple[Ten
         visible &= depth < window
     dtype = lm.model.dtype
     mask = torch.zeros(visible.shape, dtype=dtype, device=lm.device).masked_fill(~visible, torch.finfo(dtype).min)
-    hidden = lm.anatomy.base(
-        input_ids=torch.tensor([list(ids)], device=lm.device),
-        attention_mask=mask[None, None],
-        position_ids=tokens.position[None],
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state[0]
+    with ExitStack() as stack:
+        for memory in lm.memories.values():
+            stack.enter_context(memory.answering(ends))
+        hidden = lm.anatomy.base(
+            input_ids=torch.tensor([list(ids)], device=lm.device),
+            attention_mask=mask[None, None],
+            position_ids=tokens.position[None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[0]
     return hidden, Read(seen, [(layer.keys, layer.values) for layer in cache.layers])
 
 
@@ -111,15 +123,20 @@ def _packs(costs: Sequence[int]) -> Iterator[list[int]]:
         yield pack
 
 
+Scores = list[tuple[float, bool]]
+Finished = Callable[[int, list[int]], bool]
+Drafts = dict[tuple[int, ...], list[int]]
+
+
 @torch.inference_mode()
 def read(
     lm: LM,
     pairs: Sequence[tuple[Ids, Ids]],
     prompts: Sequence[Ids],
     limit: int = 16,
-    finished: Callable[[int, list[int]], bool] = lambda prompt, tokens: False,
-    drafts: dict[tuple[int, ...], list[int]] | None = None,
-) -> tuple[list[tuple[float, bool]], list[list[int]]]:
+    finished: Finished = lambda prompt, tokens: False,
+    drafts: Drafts | None = None,
+) -> tuple[Scores, list[list[int]]]:
     """Score continuations and generate from prompts; each distinct context is read once for both.
 
     Args:
@@ -134,6 +151,74 @@ def read(
         for each pair the sum of the continuation's log-probabilities and whether greedy decoding says
         it; for each prompt the new token ids.
     """
+    scores, texts = _read(lm, pairs, prompts, limit, finished, drafts)
+    contexts = [tuple(context) for context, _ in pairs] + [tuple(prompt) for prompt in prompts]
+    taken = routes(lm, list(dict.fromkeys(contexts)))
+    groups: dict[tuple[int, int, bool], tuple[list[int], list[int]]] = {}
+    for index, context in enumerate(contexts):
+        if route := taken.get(context):
+            inside = groups.setdefault((id(route.lm), route.group, route.share < 1), ([], []))
+            inside[index >= len(pairs)].append(index if index < len(pairs) else index - len(pairs))
+    for (_, _, mixed), (scored, generated) in groups.items():
+        route = taken[contexts[scored[0] if scored else len(pairs) + generated[0]]]
+
+        def done(place: int, tokens: list[int], generated: list[int] = generated) -> bool:
+            return finished(generated[place], tokens)
+
+        if mixed:
+            for index in scored:
+                scores[index] = _mixed_score(lm, *pairs[index], taken[contexts[index]])
+            for place, index in enumerate(generated):
+                texts[index] = _mixed_text(lm, prompts[index], taken[tuple(prompts[index])], limit, place, done)
+            continue
+        new_scores, new_texts = _read(
+            route.lm,
+            [(taken[contexts[index]].ids, pairs[index][1]) for index in scored],
+            [taken[tuple(prompts[index])].ids for index in generated],
+            limit,
+            done,
+            drafts,
+        )
+        for index, score in zip(scored, new_scores, strict=True):
+            scores[index] = score
+        for index, text in zip(generated, new_texts, strict=True):
+            texts[index] = text
+    return scores, texts
+
+
+def _mixture(lm: LM, context: Ids, route: Route, more: Ids) -> Tensor:
+    """log((1 - s) p + s q) at the context's end and at each token after it: (1 + more, vocabulary)."""
+    parts = []
+    for reader, ids, share in ((lm, context, 1 - route.share), (route.lm, route.ids, route.share)):
+        hidden = _forward(reader, [*ids, *more], _tokens(reader, 0, CONTEXT, 0, len(ids) + len(more)), None)[0]
+        parts.append(reader.logits(hidden[len(ids) - 1 :]).log_softmax(-1) + torch.tensor(share).log())
+    return torch.stack(parts).logsumexp(0)
+
+
+def _mixed_score(lm: LM, context: Ids, continuation: Ids, route: Route) -> tuple[float, bool]:
+    """The score of a continuation under a mixture of two readers, read plainly."""
+    logprobs = _mixture(lm, context, route, continuation[:-1])
+    said = logprobs[range(len(continuation)), list(continuation)].sum().item()
+    return said, logprobs.argmax(-1).tolist() == list(continuation)
+
+
+def _mixed_text(lm: LM, prompt: Ids, route: Route, limit: int, place: int, finished: Finished) -> list[int]:
+    """Greedy decoding from a mixture of two readers, read plainly."""
+    tokens: list[int] = []
+    while len(tokens) < limit and not (tokens and finished(place, tokens)):
+        tokens.append(int(_mixture(lm, prompt, route, tokens)[-1].argmax()))
+    return tokens
+
+
+def _read(
+    lm: LM,
+    pairs: Sequence[tuple[Ids, Ids]],
+    prompts: Sequence[Ids],
+    limit: int,
+    finished: Finished,
+    drafts: Drafts | None,
+) -> tuple[Scores, list[list[int]]]:
+    """``read`` on one model, whatever its memories would route elsewhere."""
     asked: dict[tuple[int, ...], list[int]] = {}
     wanted: dict[tuple[int, ...], list[int]] = {}
     for index, (context, _) in enumerate(pairs):
@@ -141,7 +226,7 @@ def read(
     for index, prompt in enumerate(prompts):
         wanted.setdefault(tuple(prompt), []).append(index)
     contexts = list(dict.fromkeys([*asked, *wanted]))
-    scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    scores: Scores = [(0.0, False)] * len(pairs)
     texts: list[list[int]] = [[] for _ in prompts]
     if not contexts:
         return scores, texts
@@ -172,7 +257,7 @@ def read(
                 parts.append(_tokens(lm, owner, branch, len(context), len(more)))
                 reads.append([ends[-1][0], *range(len(ids), len(ids) + len(more))])
                 ids += more
-        hidden, seen = _forward(lm, ids, Tokens.cat(parts), trunk)
+        hidden, seen = _forward(lm, ids, Tokens.cat(parts), trunk, [places[0] for places in ends])
         indices = [index for owner in pack for index in asked.get(contexts[owner], ())]
         _score(lm, hidden, reads, [pairs[index][1] for index in indices], indices, scores)
 
@@ -211,7 +296,7 @@ def _score(
     reads: Sequence[list[int]],
     continuations: Sequence[Ids],
     indices: Sequence[int],
-    scores: list[tuple[float, bool]],
+    scores: Scores,
 ) -> None:
     """Fill in the scores of continuations whose tokens are predicted at the places ``reads``."""
     if not reads:

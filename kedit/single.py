@@ -1,0 +1,128 @@
+"""Single edits, each undone before the next: the README's table of methods, and scans of hyper-parameters.
+
+Scans use the validation split, the table the edit split. Every finished record is in the store, so
+both can be interrupted, and a table whose methods did not change costs nothing to make again.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import yaml
+
+import kedit
+from kedit import KeditError, facts
+from kedit.facts import EditRequest
+from kedit.store import Store, digest
+
+log = logging.getLogger(__name__)
+
+MODEL = "smollm2-135m-instruct"
+
+
+def single_edits(
+    lm, name: str, requests: Sequence[EditRequest], hparams: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Edit, measure and undo, one request after another.
+
+    Yields:
+        for each request the journal's ``info``, the journal's size in ``bytes``, and what
+        ``success.measure`` found ``before`` and ``after`` the edit.
+    """
+    from tqdm import tqdm
+
+    from kedit.editors import editor
+    from kedit.journal import EditFailed
+    from kedit.success import measure
+
+    store = Store(kedit.RUNS / "store")
+    method = editor(name, lm, hparams=hparams)
+    recipe = method.key()
+    for request in tqdm(requests, desc=name, mininterval=5):
+        start = digest("edit", lm.fingerprint, request.key())
+        if (before := store.get_json(start)) is None:
+            before = measure(lm, [request])
+            store.put_json(start, before)
+        key = digest("single", lm.fingerprint, recipe, request.key())
+        if (found := store.get_json(key)) is None:
+            try:
+                edit = method.apply(request)
+                found = {"info": edit.info, "bytes": len(edit.to_bytes()), "after": measure(lm, [request])}
+                edit.undo()
+            except EditFailed as error:
+                found = {"info": {"failed": str(error)}, "bytes": 0, "after": before}
+            store.put_json(key, found)
+        yield {**found, "before": before}
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Success metrics over single edits, each ``stats.summarise``d, and the median seconds and bytes an edit."""
+    from kedit.stats import summarise
+    from kedit.success import outcomes
+
+    found: dict[str, list] = {}
+    for record in records:
+        for metric, items in outcomes(record["after"], record["before"]).items():
+            found.setdefault(metric, []).extend(items)
+    seconds = [record["info"]["seconds"] for record in records if "seconds" in record["info"]]
+    return {
+        **{metric: summarise(items) for metric, items in found.items()},
+        "seconds": median(seconds) if seconds else float("nan"),
+        "bytes": median(record["bytes"] for record in records),
+        "failed": sum("failed" in record["info"] for record in records),
+    }
+
+
+def _interval(row: Mapping[str, float]) -> str:
+    return "-" if pd.isna(row["value"]) else f"{row['value']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+
+
+def editing_table(count: int = 100) -> pd.DataFrame:
+    """Every method on the first records of the bundled edit split."""
+    from kedit.editors import EDITORS
+    from kedit.plots import label_of
+    from kedit.success import METRICS
+
+    lm = kedit.load(MODEL)
+    rows = []
+    for name in EDITORS:
+        numbers = summary(list(single_edits(lm, name, facts.bundled("edit")[:count])))
+        metrics = (*METRICS, *(f"{metric}_generated" for metric in METRICS))
+        rows.append(
+            {"method": label_of(name)}
+            | {metric.replace("_", ", "): _interval(numbers[metric]) for metric in metrics}
+            | {"seconds an edit": f"{numbers['seconds']:.1f}", "kB an edit": f"{numbers['bytes'] / 1000:.1f}"}
+        )
+    return pd.DataFrame(rows)
+
+
+def scan(name: str, settings: Sequence[str], count: int = 20, split: str = "validation") -> pd.DataFrame:
+    """A method on a grid of hyper-parameters, such as ``["layer=[3, 5, 7]", "clamp=[2, 4]"]``.
+
+    Raises:
+        KeditError: a setting that is not ``name=[values]``.
+    """
+    from kedit.editors import kind_of
+    from kedit.success import METRICS
+
+    kind_of(name)
+    grid: dict[str, list] = {}
+    for setting in settings:
+        key, _, values = setting.partition("=")
+        grid[key] = yaml.safe_load(values)
+        if not isinstance(grid[key], list):
+            raise KeditError(f"scan: {setting!r} is not a list of values; write such as layer=[3,5,7].")
+    lm = kedit.load(MODEL)
+    rows = []
+    for values in itertools.product(*grid.values()):
+        hparams = dict(zip(grid, values, strict=True))
+        numbers = summary(list(single_edits(lm, name, facts.bundled(split)[:count], hparams)))
+        row = {key: str(value) for key, value in hparams.items()}
+        row |= {metric: round(numbers[metric]["value"], 3) for metric in METRICS}
+        row |= {"generated": round(numbers["reliability_generated"]["value"], 3)}
+        rows.append(row | {"failed": numbers["failed"], "seconds": round(numbers["seconds"], 2)})
+        log.info("%s", rows[-1])
+    return pd.DataFrame(rows)
