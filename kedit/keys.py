@@ -118,12 +118,20 @@ def stop_after(module: nn.Module) -> Iterator[None]:
 def activations(lm: LM, texts: Sequence[Row], layers: Sequence[int], at: str) -> dict[int, Tensor]:
     """Activations at each row's subject token, layer -> (rows, width).
 
-    ``at`` is "key" (input of the second MLP projection, m wide), "value" (its output, d) or "block"
-    (the block's output, d). Rows are cut after the subject and the forward stops after the last
-    layer: causal attention makes what follows irrelevant.
+    ``at`` is "key" (input of the second MLP projection, m wide), "value" (its output, d), "attention"
+    (output of the attention's projection, d), "hidden" (output of the MLP's first projection, its gate
+    where there is one, m) or "block" (the block's output, d). Rows are cut after the subject and the
+    forward stops after the last layer: causal attention makes what follows irrelevant.
     """
     anatomy = lm.anatomy
-    sites = {str(layer): anatomy.blocks[layer] if at == "block" else anatomy.down(layer) for layer in layers}
+    find = {
+        "key": anatomy.down,
+        "value": anatomy.down,
+        "attention": anatomy.attn_out,
+        "hidden": anatomy.inner,
+        "block": anatomy.blocks.__getitem__,
+    }[at]
+    sites = {str(layer): find(layer) for layer in layers}
     ids, mask = pad([text.ids[: text.subject + 1] for text in texts], lm.device)
     with capture(sites, inputs=at == "key") as seen, stop_after(anatomy.blocks[max(layers)]):
         anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False)

@@ -83,6 +83,10 @@ class Anatomy:
         """Gate of a gated MLP (d -> m), None where the architecture has none."""
         return self.blocks[layer].get_submodule(self.layout.gate) if self.layout.gate else None
 
+    def inner(self, layer: int) -> nn.Module:
+        """Where KN looks for neurons: the gate where the MLP has one, else the first projection (d -> m)."""
+        return self.gate(layer) or self.up(layer)
+
     def down(self, layer: int) -> nn.Module:
         """Second MLP projection of a block (m -> d): input is the key, output the value."""
         return self.blocks[layer].get_submodule(self.layout.down)

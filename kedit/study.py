@@ -308,7 +308,7 @@ class Trajectory:
                 log.warning("edit %d (%s) failed: %s", number + 1, request.id, error)
                 edit = Edit(self.editor.name, request.id, info={"failed": str(error)})
                 journal.replay(edit)
-            if self.editable and not edit.changes and "failed" not in edit.info:
+            if self.editable and not edit.changes and not {"failed", "skipped"} & set(edit.info):
                 raise RuntimeError(f"{self.editor.name} left the model unchanged at {request.id}")
             self.store.put(key, edit.to_bytes())
             yield time.perf_counter() - start

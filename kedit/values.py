@@ -7,7 +7,8 @@ prompts in several contexts continue with the target while "{subject} is a" stay
 Nothing before the subject's last token, and no block up to the edited one, depends on delta. So one
 forward reads all rows and keeps the keys and values of those tokens; each step then runs only the
 remaining tokens through the remaining blocks, with logits only where the loss reads them. The result
-is that of running everything at every step (tests/test_values.py holds the plain version).
+is that of running everything at every step (tests/test_values.py holds the plain version). KN, GRACE
+and fine-tuning use the same ``Tail`` for what they change.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,9 +66,8 @@ def _skipping(blocks: nn.ModuleList, layer: int) -> Iterator[_Injected]:
     kept = list(blocks[: layer + 1])
     injected = _Injected()
     try:
-        for index in range(layer):
-            blocks[index] = _Injected()
-        blocks[layer] = injected
+        for index in range(layer + 1):
+            blocks[index] = injected if index == layer else _Injected()
         yield injected
     finally:
         for index, block in enumerate(kept):
@@ -80,45 +80,101 @@ class Tail:
     Args:
         texts: rows; each is split at its subject's last token p into a prefix (positions < p) and a
             tail (p to the end).
-        layer: block after whose output the states of the tail can be changed.
+        layers: blocks after whose output the tail can be run on; -1 is the embedding.
 
     Attributes:
-        states: (B, T, d) output of block ``layer`` on the tails, right-padded.
+        states: layer -> (B, T, d) output of that block on the tails, right-padded.
     """
 
     @torch.no_grad()
-    def __init__(self, lm: LM, texts: Sequence[Row], layer: int):
-        self.lm, self.layer = lm, layer
-        block = lm.anatomy.blocks[layer]
+    def __init__(self, lm: LM, texts: Sequence[Row], layers: Sequence[int]):
+        self.lm = lm
         starts = torch.tensor([text.subject for text in texts], device=lm.device)
         ids, mask = pad([text.ids for text in texts], lm.device)
         cache = DynamicCache()
-        with capture({"block": block}, inputs=False) as seen:
+        sites = {str(layer): lm.anatomy.blocks[layer] for layer in layers if layer >= 0}
+        with capture(sites, inputs=False) as seen:
             lm.anatomy.base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
 
         self.tail_ids, tail_mask = pad([text.ids[text.subject :] for text in texts], lm.device)
         width, prefix = self.tail_ids.shape[1], int(starts.max())
         self.positions = starts[:, None] + torch.arange(width, device=lm.device)
-        reach = self.positions.clamp(max=ids.shape[1] - 1)
-        self.states = seen["block"].gather(1, reach[..., None].expand(-1, -1, seen["block"].shape[-1]))
+        reach = self.positions.clamp(max=ids.shape[1] - 1)[..., None]
+        self.states = {
+            int(name): output.gather(1, reach.expand(-1, -1, output.shape[-1])) for name, output in seen.items()
+        }
+        if -1 in layers:
+            self.states[-1] = lm.anatomy.base.get_input_embeddings()(self.tail_ids)
         before = torch.arange(prefix, device=lm.device)[None] < starts[:, None]
         self.mask = torch.cat([before.long(), tail_mask], 1)
         self.past = [(kv.keys[:, :, :prefix], kv.values[:, :, :prefix]) for kv in cache.layers]
 
-    def run(self, states: Tensor) -> Tensor:
-        """Run the tails through the blocks above ``layer``: (B, T, d) -> final hidden states (B, T, d)."""
+    def run(self, layer: int, states: Tensor) -> Tensor:
+        """Run on from the states after ``layer``: (B, T, d) -> final hidden states (B, T, d).
+
+        With a single text, the states may hold any number of versions of its tail.
+        """
+        rows = len(states)
         cache = DynamicCache()
         for index, (keys, values) in enumerate(self.past):
-            cache.update(keys, values, index)
-        with _skipping(self.lm.anatomy.blocks, self.layer) as injected:
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        start = {"inputs_embeds": states} if layer < 0 else {"input_ids": self.tail_ids.expand(rows, -1)}
+        with _skipping(self.lm.anatomy.blocks, layer) as injected:
             injected.states = states
             return self.lm.anatomy.base(
-                input_ids=self.tail_ids,
-                attention_mask=self.mask,
-                position_ids=self.positions,
+                **start,
+                attention_mask=self.mask.expand(rows, -1),
+                position_ids=self.positions.expand(rows, -1),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
+
+
+class Objective:
+    """What every search optimises for: the target after each text, and an unchanged "{subject} is a".
+
+    Args:
+        texts: the prompt in each context.
+        kl_text: "{subject} is a"; only what comes before its subject's end matters.
+        target: token ids to be said after each text.
+        layer: block after whose output the tail starts.
+
+    Attributes:
+        tail: the texts with the target's tokens but the last, then ``kl_text``.
+    """
+
+    def __init__(self, lm: LM, texts: Sequence[Row], kl_text: Row, target: Sequence[int], layer: int):
+        self.lm = lm
+        full = [Row((*text.ids, *target[:-1]), text.subject) for text in texts]
+        full.append(Row(kl_text.ids[: kl_text.subject + 1], kl_text.subject))
+        self.tail = Tail(lm, full, [layer])
+        # the target's j-th token is predicted at the text's last position + j
+        ends = torch.tensor([len(text.ids) - 1 - text.subject for text in texts], device=lm.device)
+        self.reads = ends[:, None] + torch.arange(len(target), device=lm.device)
+        self.every = torch.arange(len(texts), device=lm.device)[:, None]
+        self.labels = torch.tensor([list(target)] * len(texts), device=lm.device)[..., None]
+        self._before: Tensor | None = None
+
+    def terms(self, hidden: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """From final hidden states of the tail's rows.
+
+        Returns:
+            (rows, target) log-probabilities of the target's tokens; KL(first call || this one) right
+            after the subject of ``kl_text``; whether every token of the target is the likeliest one.
+        """
+        logprobs = self.lm.logits(hidden[self.every, self.reads]).log_softmax(-1)
+        said = logprobs.gather(2, self.labels)[..., 0]
+        after = self.lm.logits(hidden[len(self.every), 0]).log_softmax(-1)
+        if self._before is None:
+            self._before = after.detach()
+        divergence = (self._before.exp() * (self._before - after)).sum()
+        return said, divergence, bool((logprobs.amax(-1) == said).all())
+
+
+def project(delta: Tensor, limit: Tensor) -> None:
+    """Rescale delta in place to the norm ``limit`` if it is longer."""
+    if (norm := delta.norm()) > limit:
+        delta *= limit / norm
 
 
 def search(lm: LM, texts: Sequence[Row], kl_text: Row, target: Sequence[int], init: Tensor, settings: Search) -> Found:
@@ -130,38 +186,25 @@ def search(lm: LM, texts: Sequence[Row], kl_text: Row, target: Sequence[int], in
     and after each update delta is projected onto the ball of radius clamp * |init|.
 
     Args:
-        texts: the prompt in each context.
-        kl_text: "{subject} is a"; only what comes before its subject's end matters.
-        target: token ids to be said after each text.
+        texts, kl_text, target: see ``Objective``.
         init: (d,) output of the edited site on the bare prompt, which delta is added to.
 
     Raises:
         EditFailed: the loss is not finite.
     """
-    count, length = len(texts), len(target)
-    full = [Row((*text.ids, *target[:-1]), text.subject) for text in texts]
-    full.append(Row(kl_text.ids[: kl_text.subject + 1], kl_text.subject))
-    tail = Tail(lm, full, settings.layer)
-    # the target's j-th token is predicted at the text's last position + j
-    ends = torch.tensor([len(text.ids) - 1 - text.subject for text in texts], device=lm.device)
-    reads = ends[:, None] + torch.arange(length, device=lm.device)
-    every = torch.arange(count, device=lm.device)[:, None]
-    labels = torch.tensor([list(target)] * count, device=lm.device)[..., None]
+    objective = Objective(lm, texts, kl_text, target, settings.layer)
+    states = objective.tail.states[settings.layer]
+    first = torch.zeros(states.shape[1], 1, device=lm.device)
+    first[0] = 1.0
 
     init_norm = init.float().norm()
     delta = torch.zeros_like(init, dtype=torch.float32, requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=settings.lr)
-    losses, before, probability = [], None, 0.0
+    losses, probability = [], 0.0
     for step in range(settings.steps):
         with torch.enable_grad():
-            first = torch.zeros(tail.states.shape[1], 1, device=lm.device)
-            first[0] = 1.0
-            hidden = tail.run(tail.states + (first * delta).to(tail.states))
-            said = lm.logits(hidden[every, reads]).log_softmax(-1).gather(2, labels)[..., 0]
-            after = lm.logits(hidden[count, 0]).log_softmax(-1)
-            if before is None:
-                before = after.detach()
-            divergence = (before.exp() * (before - after)).sum()
+            hidden = objective.tail.run(settings.layer, states + (first * delta).to(states))
+            said, divergence, _ = objective.terms(hidden)
             decay = settings.decay * delta.norm() / init_norm**2
             loss = -said.mean(1).mean() + settings.kl * divergence + decay
         losses.append(loss.item())
@@ -174,7 +217,5 @@ def search(lm: LM, texts: Sequence[Row], kl_text: Row, target: Sequence[int], in
         loss.backward()
         optimiser.step()
         with torch.no_grad():
-            limit = settings.clamp * init_norm
-            if delta.norm() > limit:
-                delta *= limit / delta.norm()
+            project(delta, settings.clamp * init_norm)
     return Found(delta.detach(), init_norm.item(), losses, probability)

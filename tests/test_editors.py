@@ -7,9 +7,6 @@ from conftest import CONTEXTS, HPARAMS, REQUEST
 import kedit
 from kedit import EditRequest, KeditError
 from kedit.journal import Edit, EditFailed
-from kedit.keys import activations, row, rows
-from kedit.models import matrix
-from kedit.values import search
 
 
 def probability(lm, request):
@@ -26,82 +23,44 @@ def says_target(lm):
 
 
 def bits(lm):
-    return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+    """Every weight, and what every memory holds."""
+    memories = {
+        name: [{k: v.tolist() if hasattr(v, "tolist") else v for k, v in entry.items()} for entry in memory.entries]
+        for name, memory in lm.memories.items()
+    }
+    return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}, memories
 
 
 def same(lm, before):
-    return all(torch.equal(tensor, before[name]) for name, tensor in lm.model.state_dict().items())
+    weights, memories = bits(lm)
+    return all(torch.equal(weights[name], tensor) for name, tensor in before[0].items()) and memories == before[1]
 
 
-@pytest.mark.parametrize("method", ["rome", "memit"])
+def make(method, lm, statistics, **changes):
+    return kedit.editor(
+        method, lm, hparams={**HPARAMS[method], **changes}, statistics=statistics(lm), contexts=CONTEXTS
+    )
+
+
+@pytest.mark.parametrize("method", [name for name in HPARAMS if name not in ("kn", "grace")])
 def test_the_same_edit_reaches_its_target_everywhere(lm, statistics, method):
-    editor = kedit.editor(method, lm, hparams=HPARAMS[method], statistics=statistics(lm), contexts=CONTEXTS)
+    editor = make(method, lm, statistics)
     before = bits(lm)
     start = probability(lm, REQUEST)
     assert not says_target(lm)
     edit = editor.apply(REQUEST)
     assert says_target(lm)
     assert probability(lm, REQUEST) > 20 * start
-    changed = {name for name, tensor in lm.model.state_dict().items() if not torch.equal(tensor, before[name])}
-    layers = [HPARAMS["rome"]["layer"]] if method == "rome" else HPARAMS["memit"]["layers"]
+    changed = {name for name, tensor in lm.model.state_dict().items() if not torch.equal(tensor, before[0][name])}
+    layers = HPARAMS[method].get("layers", [HPARAMS[method].get("layer")])
     assert changed == {lm.anatomy.name(lm.anatomy.down(layer)) + ".weight" for layer in layers}
     edit.undo()
     assert same(lm, before)
 
 
-def test_rome_is_the_closed_form(lm, statistics, moments):
-    """W' k = v* exactly, and the update is (v* - W k) (C^-1 kbar)^T / (k . C^-1 kbar) (ROME eq. 2)."""
-    editor = kedit.editor("rome", lm, hparams=HPARAMS["rome"], statistics=statistics(lm), contexts=CONTEXTS)
-    texts = rows(lm, REQUEST, CONTEXTS)
-    down = lm.anatomy.down(2)
-    old = matrix(down).double().clone()
-    keys = activations(lm, texts, [2], "key")[2].double()
-    output = activations(lm, texts[:1], [2], "value")[2][0]
-    target = lm.encode(" Rome")
-    delta = search(lm, texts, row(lm, "{} is a", "France"), target, output, editor.hparams.search).delta.double()
-    turned = torch.linalg.inv(moments[2].double()) @ keys.mean(0)
-    expected = torch.outer(delta, turned) / (keys[0] @ turned)
-
-    edit = editor.apply(REQUEST)
-    update = matrix(down).double() - old
-    assert (update - expected).norm() < 1e-5 * expected.norm()
-    after = activations(lm, texts[:1], [2], "value")[2][0].double()
-    assert (after - (output.double() + delta)).norm() < 1e-4 * (output.double() + delta).norm()
-    own = torch.linalg.inv(moments[2].double()) @ keys[0]
-    ratio = (own @ keys[0] / own.norm()) / (turned @ keys[0] / turned.norm())
-    assert edit.info["amplification"] == pytest.approx(ratio.item(), rel=1e-6)
-
-
-def test_memit_is_the_normal_equations(lm, statistics, moments):
-    """Layer by layer, Delta = R K^T (lambda C + K K^T)^-1 with R an equal share of what is left."""
-    hparams = HPARAMS["memit"]
-    editor = kedit.editor("memit", lm, hparams=hparams, statistics=statistics(lm), contexts=CONTEXTS)
-    texts = rows(lm, REQUEST, CONTEXTS)
-    layers, last = hparams["layers"], hparams["layers"][-1]
-    start = activations(lm, texts[:1], [last], "block")[last][0].double()
-    found = search(lm, texts, row(lm, "{} is a", "France"), lm.encode(" Rome"), start, editor.hparams.search)
-    goal = start + found.delta.double()
-    olds = {layer: matrix(lm.anatomy.down(layer)).double().clone() for layer in layers}
-    expected = {}
-    for position, layer in enumerate(layers):
-        keys = activations(lm, texts, [layer], "key")[layer].double()
-        key = (keys[0] + keys[1:].mean(0)) / 2
-        left = goal - activations(lm, texts[:1], [last], "block")[last][0].double()
-        system = hparams["weight"] * moments[layer].double() + torch.outer(key, key)
-        expected[layer] = torch.outer(left / (len(layers) - position), torch.linalg.solve(system, key))
-        matrix(lm.anatomy.down(layer)).copy_(olds[layer] + expected[layer])
-    for layer in layers:
-        matrix(lm.anatomy.down(layer)).copy_(olds[layer])
-
-    editor.apply(REQUEST)
-    for layer in layers:
-        update = matrix(lm.anatomy.down(layer)).double() - olds[layer]
-        assert (update - expected[layer]).norm() < 1e-4 * expected[layer].norm()
-
-
-@pytest.mark.parametrize("method", ["rome", "memit"])
+@pytest.mark.parametrize("method", HPARAMS)
 def test_sequential_edits_replay_and_undo_to_the_bit(lm, statistics, method):
-    editor = kedit.editor(method, lm, hparams=HPARAMS[method], statistics=statistics(lm), contexts=CONTEXTS)
+    editor = make(method, lm, statistics)
     states, saved = [bits(lm)], []
     for subject in ("France", "Spain", "Peru"):
         saved.append(editor.apply(EditRequest("The capital of {} is", subject, "Rome", "Paris", id=subject)).to_bytes())
@@ -112,11 +71,13 @@ def test_sequential_edits_replay_and_undo_to_the_bit(lm, statistics, method):
     assert same(lm, states[2])
     lm.journal.reset()
     assert same(lm, states[0])
+    assert all(not same(lm, state) for state in states[1:])
     for data, state in zip(saved, states[1:], strict=True):
         lm.journal.replay(Edit.from_bytes(data))
         assert same(lm, state)
     assert [edit.request for edit in lm.journal.edits] == ["France", "Spain", "Peru"]
-    assert max(map(len, saved)) < 20_000  # vectors, not matrices
+    if not method.startswith("ft"):
+        assert max(map(len, saved)) < 20_000  # vectors, not matrices
 
 
 def test_the_control_changes_nothing_and_is_journalled(llama):

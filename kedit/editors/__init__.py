@@ -26,7 +26,14 @@ from kedit.models import LM
 EDITORS = {
     "control": "kedit.editors.control.Control",
     "rome": "kedit.editors.rome.ROME",
+    "r-rome": "kedit.editors.r_rome.RROME",
     "memit": "kedit.editors.memit.MEMIT",
+    "alphaedit": "kedit.editors.alphaedit.AlphaEdit",
+    "pmet": "kedit.editors.pmet.PMET",
+    "kn": "kedit.editors.kn.KN",
+    "grace": "kedit.editors.grace.GRACE",
+    "ft-l": "kedit.editors.ft.FTL",
+    "ft-m": "kedit.editors.ft.FTM",
 }
 
 

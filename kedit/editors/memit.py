@@ -1,9 +1,11 @@
 """MEMIT: the change is spread over several layers by ridge regression against the keys' second moment.
 
 Meng et al., "Mass-Editing Memory in a Transformer", 2023. Each layer, from the lowest up, takes an
-equal share of what is then left between the residual stream and its optimised value z.
+equal share of what is then left between the residual stream and its optimised value z. PMET and
+AlphaEdit change single steps of this and derive from it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from kedit.editors import Editor
 from kedit.facts import EditRequest, spaced
 from kedit.journal import Edit, EditFailed, LowRank
-from kedit.keys import activations, context_templates, row, rows
+from kedit.keys import Row, activations, context_templates, row, rows
 from kedit.models import matrix
 from kedit.values import Search, search
 
@@ -32,7 +34,7 @@ class Hparams:
 
     @property
     def search(self) -> Search:
-        """The part that the search for z needs: the site is the last layer's block output."""
+        """The part that the search for z needs: the site is in the last layer."""
         return Search(self.layers[-1], self.steps, self.lr, self.decay, self.clamp, self.kl)
 
 
@@ -41,6 +43,7 @@ class MEMIT(Editor):
 
     name = "memit"
     Hparams = Hparams
+    site = "block"  # where z is optimised: the residual stream after the last edited layer
 
     @property
     def uses_statistics(self) -> bool:
@@ -52,28 +55,48 @@ class MEMIT(Editor):
             self.contexts = context_templates(self.lm, self.hparams.contexts, self.hparams.seed)
         self.statistics.prepare(self.hparams.layers)
 
+    def _texts(self, request: EditRequest) -> list[Row]:
+        """The prompt in each context, the bare one first."""
+        return rows(self.lm, request, self.contexts)
+
+    def _key(self, texts: Sequence[Row], layer: int) -> torch.Tensor:
+        """Mean of group means: the bare prompt counts as much as all prefixed ones. (m,) float64."""
+        keys = activations(self.lm, texts, [layer], "key")[layer].double()
+        return (keys[0] + keys[1:].mean(0)) / 2 if len(keys) > 1 else keys[0]
+
+    def _search(self, texts: Sequence[Row], kl_text: Row, target: Sequence[int], start: torch.Tensor, edit: Edit):
+        """delta at the site, (d,) float64."""
+        found = search(self.lm, texts, kl_text, target, start, self.hparams.search)
+        edit.info |= {"steps": len(found.losses), "loss": found.losses[-1], "probability": found.probability}
+        return found.delta.double()
+
+    def _share(self, left: torch.Tensor, layers: int) -> torch.Tensor:
+        """What the lowest of the layers to come takes of what is left."""
+        return left / layers
+
+    def _gain(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """(lambda C + K K^T)^-1 K by Woodbury, never forming the matrix; keys (m, n) -> (m, n)."""
+        solved = self.statistics.solve(layer, keys) / self.hparams.weight
+        inner = torch.eye(keys.shape[1], dtype=torch.float64, device=keys.device) + keys.T @ solved
+        return torch.linalg.solve(inner, solved, left=False)
+
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         lm, hp = self.lm, self.hparams
-        texts = rows(lm, request, self.contexts)
+        texts = self._texts(request)
         last = hp.layers[-1]
 
-        def stream() -> torch.Tensor:
-            return activations(lm, texts[:1], [last], "block")[last][0].double()
+        def state() -> torch.Tensor:
+            return activations(lm, texts[:1], [last], self.site)[last][0].double()
 
-        start = stream()
+        start = state()
         target = lm.encode(spaced(request.target_new, request.prompt))
-        found = search(lm, texts, row(lm, "{} is a", request.subject), target, start, hp.search)
-        goal = start + found.delta.double()
-        edit.info |= {
-            "steps": len(found.losses),
-            "loss": found.losses[-1],
-            "probability": found.probability,
-            "relative_change": [],
-        }
+        delta = self._search(texts, row(lm, "{} is a", request.subject), target, start, edit)
+        goal = start + delta
+        edit.info["relative_change"] = []
         for position, layer in enumerate(hp.layers):
             # Lower layers are already changed, so keys and what is left are read anew each time.
-            key = self._mean_key(activations(lm, texts, [layer], "key")[layer].double())
-            share = (goal - stream()) / (len(hp.layers) - position)
+            key = self._key(texts, layer)
+            share = self._share(goal - state(), len(hp.layers) - position)
             right = self._gain(layer, key[:, None])
             if not (torch.isfinite(share).all() and torch.isfinite(right).all()):
                 raise EditFailed(f"the update of layer {layer} is not finite")
@@ -81,15 +104,4 @@ class MEMIT(Editor):
             size = (share.norm() * right.norm() / matrix(down).norm()).item()
             edit.info["relative_change"].append(size)
             edit.write(LowRank(lm.anatomy.name(down), share[:, None], right))
-        edit.info["left"] = ((goal - stream()).norm() / found.delta.norm()).item()
-
-    @staticmethod
-    def _mean_key(keys: torch.Tensor) -> torch.Tensor:
-        """Mean of group means: the bare prompt counts as much as all prefixed ones. (n, m) -> (m,)."""
-        return (keys[0] + keys[1:].mean(0)) / 2 if len(keys) > 1 else keys[0]
-
-    def _gain(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
-        """(lambda C + K K^T)^-1 K by Woodbury, never forming the matrix; keys (m, n) -> (m, n)."""
-        solved = self.statistics.solve(layer, keys) / self.hparams.weight
-        inner = torch.eye(keys.shape[1], dtype=torch.float64, device=keys.device) + keys.T @ solved
-        return torch.linalg.solve(inner, solved, left=False)
+        edit.info["left"] = ((goal - state()).norm() / delta.norm()).item()

@@ -37,7 +37,12 @@ class Hparams:
 
 
 class ROME(Editor):
-    """W gains (v* - W k) u^T / (k . u), so that the edited W maps k to v* exactly (eq. 2)."""
+    """W gains (v* - W k) u^T / (k . u), so that the edited W maps k to v* exactly (eq. 2).
+
+    As its authors' code does, u is turned from the key averaged over contexts while k is that of the bare
+    prompt. The two differ most where the subject opens the text; R-ROME (kedit/editors/r_rome.py) does
+    without the asymmetry.
+    """
 
     name = "rome"
     Hparams = Hparams
@@ -60,6 +65,10 @@ class ROME(Editor):
             turned = self.statistics.solve(self.hparams.layer, turned[:, None])[:, 0]
         return turned / turned.norm()
 
+    def _mapped(self, keys: torch.Tensor) -> torch.Tensor:
+        """The key that the edited layer is to map to v*: that of the bare prompt. (n, m) -> (m,)."""
+        return keys[0]
+
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         lm, hp = self.lm, self.hparams
         texts = rows(lm, request, self.contexts)
@@ -68,11 +77,12 @@ class ROME(Editor):
         output = activations(lm, texts[:1], [hp.layer], "value")[hp.layer][0]
 
         direction = self._direction(keys.mean(0))
-        key = keys[0]  # of the bare prompt
+        key = self._mapped(keys)
         target = lm.encode(spaced(request.target_new, request.prompt))
         found = search(lm, texts, row(lm, "{} is a", request.subject), target, output, hp.search)
         aligned = key @ direction
-        residual = found.delta.double() / aligned  # v* - W k is delta itself
+        moved = matrix(down).double() @ (key - keys[0])  # what W k is beyond the bare prompt's output
+        residual = (found.delta.double() - moved) / aligned
         if not torch.isfinite(residual).all():
             raise EditFailed("the update is not finite")
 

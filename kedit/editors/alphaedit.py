@@ -1,0 +1,75 @@
+"""AlphaEdit: MEMIT whose updates cannot touch the directions that keys of ordinary text take.
+
+Fang et al., "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", 2025; methods
+section 8. Updates are confined to the span of U, the eigenvectors of C with the smallest eigenvalues,
+and the keys of earlier edits are held as well.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kedit.editors import memit
+from kedit.facts import EditRequest
+from kedit.journal import Edit, Entry
+from kedit.memory import Memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hparams(memit.Hparams):
+    """Settings of AlphaEdit; ``weight`` is not used.
+
+    ``share``: the null space is as many of the smallest eigenvalues of C as together hold this share of
+    their sum, which means the same for every layer and model. ``threshold``, if given, is instead the
+    published absolute bound on eigenvalues (0.02). ``ridge`` is the method's L2.
+    """
+
+    weight: float = 0.0
+    share: float = 0.1
+    threshold: float | None = None
+    ridge: float = 10.0
+
+
+class AlphaEdit(memit.MEMIT):
+    """Per layer: W gains R K^T P (K K^T P + M P + L2 I)^-1, P = U U^T (eq. 14), M of earlier edits' keys.
+
+    In the basis U this is the symmetric system (U^T (K K^T + M) U + L2 I) Y = U^T K. Its matrix is a
+    multiple of the identity plus one rank for every edit so far, so Woodbury's identity needs a factor
+    of the size of their number only.
+    """
+
+    name = "alphaedit"
+    Hparams = Hparams
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.memory = self.lm.memories[self.name] = Memory()  # keys of earlier edits, (layers, m) each
+        self._bases: dict[int, Tensor] = {}
+
+    def basis(self, layer: int) -> Tensor:
+        """U, an orthonormal basis of the null space: (m, r) float64."""
+        if layer not in self._bases:
+            values, vectors = torch.linalg.eigh(self.statistics.moment(layer))  # smallest first
+            if self.hparams.threshold is not None:
+                rank = int((values < self.hparams.threshold).sum())
+            else:
+                rank = int((values.cumsum(0) <= self.hparams.share * values.sum()).sum())
+            self._bases[layer] = vectors[:, :rank].contiguous()
+        return self._bases[layer]
+
+    def _gain(self, layer: int, keys: Tensor) -> Tensor:
+        basis, ridge = self.basis(layer), self.hparams.ridge
+        place = self.hparams.layers.index(layer)
+        old = [entry["keys"][place][:, None].double() for entry in self.memory.entries]
+        inside, known = basis.T @ keys, basis.T @ torch.cat([*old, keys], 1)
+        inner = ridge * torch.eye(known.shape[1], dtype=torch.float64, device=keys.device) + known.T @ known
+        solved = torch.cholesky_solve(known.T @ inside, torch.linalg.cholesky(inner))
+        return basis @ (inside - known @ solved) / ridge
+
+    def _apply(self, request: EditRequest, edit: Edit) -> None:
+        super()._apply(request, edit)
+        # What is held from now on are the keys in the edited model.
+        keys = [self._key(self._texts(request), layer) for layer in self.hparams.layers]
+        edit.info["rank"] = [self.basis(layer).shape[1] for layer in self.hparams.layers]
+        edit.write(Entry(self.name, {"keys": torch.stack(keys)}))
