@@ -11,14 +11,27 @@ from matplotlib.lines import Line2D
 
 from kedit import benchmarks
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; a marker each for print.
+# A colour (Okabe and Ito's, which the colour-blind can tell apart), a marker and a dash for each method;
+# variations on one method share its colour.
 STYLES = {
-    "control": ("#7f7f7f", "x"),
-    "rome": ("#d55e00", "o"),
-    "memit": ("#0072b2", "s"),
+    "control": ("#7f7f7f", "x", "-"),
+    "rome": ("#d55e00", "o", "-"),
+    "r-rome": ("#d55e00", "D", "--"),
+    "memit": ("#0072b2", "s", "-"),
+    "alphaedit": ("#0072b2", "*", "--"),
+    "pmet": ("#56b4e9", "p", "-"),
+    "kn": ("#000000", "X", "-"),
+    "mend": ("#cc79a7", "v", "-"),
+    "ft-l": ("#e69f00", "<", "-"),
+    "ft-m": ("#e69f00", ">", "--"),
+    "grace": ("#009e73", "^", "-"),
+    "serac": ("#117733", "P", "--"),
+    "ike": ("#117733", "h", ":"),
 }
-SPARE = [("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"), ("#000000", "*"), ("#f0e442", "X")]
-DASHES = {"reliability": "-", "generalisation": "--", "locality": ":"}
+UNKNOWN = ("#882255", "d", "-.")
+METRICS = ("reliability", "generalisation", "locality")
+CROWD = 5
+"""With more methods than this, bands give way to one interval each at the last checkpoint."""
 
 RC = {
     "font.size": 8,
@@ -37,100 +50,129 @@ RC = {
 }
 
 
-def style(method: str, methods: list[str]) -> tuple[str, str]:
-    """Colour and marker of a method, the same in every figure."""
-    if method in STYLES:
-        return STYLES[method]
-    others = [name for name in methods if name not in STYLES]
-    return SPARE[others.index(method) % len(SPARE)]
-
-
 def _edit_axis(ax: Axes, counts: list[int]) -> None:
     ax.set_xscale("symlog", linthresh=1, linscale=0.6)
     ax.set_xticks(counts, [str(count) for count in counts])
     ax.minorticks_off()
-    ax.set_xlim(-0.08, max(counts) * 1.18)
+    ax.set_xlim(min(counts) - 0.08 if min(counts) == 0 else 0.9 * min(counts), max(counts) * 1.25)
+    ax.set_ylim(-0.03, 1.03)
 
 
-def _curve(ax: Axes, rows: pd.DataFrame, color: str, marker: str, dash: str, band: bool = True) -> None:
-    rows = rows.sort_values("edits")
-    ax.plot(rows.edits, rows.value, color=color, marker=marker, linestyle=dash, markerfacecolor="white")
-    if band:
-        ax.fill_between(rows.edits, rows.ci_low, rows.ci_high, color=color, alpha=0.14, linewidth=0)
+def _curves(ax: Axes, rows: pd.DataFrame) -> None:
+    """One curve a method, with its 95% interval unless it is the control."""
+    methods = list(dict.fromkeys(rows.method))
+    for place, method in enumerate(methods):
+        color, marker, dash = STYLES.get(method, UNKNOWN)
+        own = rows[rows.method == method].sort_values("edits")
+        ax.plot(own.edits, own.value, color=color, marker=marker, linestyle=dash, markerfacecolor="white")
+        if method == "control":
+            continue
+        if len(methods) <= CROWD:
+            ax.fill_between(own.edits, own.ci_low, own.ci_high, color=color, alpha=0.14, linewidth=0)
+        else:
+            end = own.iloc[-1]
+            where = end.edits * (1.04 + 0.16 * place / len(methods))  # side by side
+            ax.plot([where, where], [end.ci_low, end.ci_high], color=color, linewidth=0.9, linestyle="-")
 
 
 def ability_panel(ax: Axes, rows: pd.DataFrame, benchmark: str) -> None:
     """One benchmark against the number of edits, with the unedited score and chance."""
-    methods = list(dict.fromkeys(rows.method))
-    for method in methods:
-        _curve(ax, rows[rows.method == method], *style(method, methods), "-", band=method != "control")
+    _curves(ax, rows)
     base = rows[rows.edits == 0].iloc[0]
     ax.axhline(base.value, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
     ax.axhline(base.chance, color="black", linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
     about = benchmarks.metadata(benchmark)
     title = f"{benchmark} ({about['metric'].replace('_', ' ')})"
     ax.set_title(title + ("  [floor]" if base.status == "floor" else ""))
-    ax.set_ylim(-0.03, 1.03)
     _edit_axis(ax, sorted(rows.edits.unique()))
 
 
-def success_panel(ax: Axes, rows: pd.DataFrame, suffix: str = "") -> None:
-    """Reliability, generalisation and locality over all edits so far, one colour a method."""
-    methods = [method for method in dict.fromkeys(rows.method) if method != "control"] or ["control"]
-    for method in methods:
-        color, marker = style(method, methods)
-        for metric, dash in DASHES.items():
-            chosen = rows[(rows.method == method) & (rows.metric == metric + suffix) & (rows.edits > 0)]
-            _curve(ax, chosen, color, marker, dash, band=metric == "reliability")
-    ax.set_title("edit success" + (" (free generation)" if suffix else " (teacher-forced)"))
-    ax.set_ylim(-0.03, 1.03)
+def success_panel(ax: Axes, rows: pd.DataFrame, metric: str) -> None:
+    """Reliability, generalisation or locality over all edits so far."""
+    rows = rows[(rows.metric == metric) & (rows.edits > 0)]
+    _curves(ax, rows)
+    ax.set_title(metric, fontstyle="italic")
     _edit_axis(ax, sorted(rows.edits.unique()))
 
 
-def rq1(curves: pd.DataFrame, names: list[str]) -> Figure:
-    """Figure RQ1: edit success, then one panel a benchmark, against the number of sequential edits."""
-    panels = 1 + len(names)
-    columns = min(4, panels)
-    lines = -(-panels // columns)
-    with plt.rc_context(RC):
-        figure, axes = plt.subplots(
-            lines, columns, figsize=(2.6 * columns, 2.15 * lines + 0.75), sharey=True, squeeze=False
-        )
-        flat = list(axes.flat)
-        success_panel(flat[0], curves[curves.benchmark == "edit"])
-        for ax, name in zip(flat[1:], names, strict=False):
-            ability_panel(ax, curves[curves.benchmark == name], name)
-        for ax in flat[panels:]:
-            ax.set_visible(False)
-        for ax in flat[max(0, panels - columns) : panels]:
-            ax.set_xlabel("sequential edits")
-        for line in axes:
-            line[0].set_ylabel("score")
-        methods = list(dict.fromkeys(curves.method))
-        handles = [
-            Line2D([], [], color=color, marker=marker, markerfacecolor="white", label=label_of(method))
-            for method in methods
-            for color, marker in [style(method, methods)]
-        ]
-        handles += [Line2D([], [], color="#444444", linestyle=dash, label=metric) for metric, dash in DASHES.items()]
+def _legend(figure: Figure, spare: list[Axes], methods: list[str], lines: bool = True) -> None:
+    """The legend, in place of the axes that no panel needs."""
+    handles = [
+        Line2D([], [], color=color, marker=marker, linestyle=dash, markerfacecolor="white", label=label_of(method))
+        for method in methods
+        for color, marker, dash in [STYLES.get(method, UNKNOWN)]
+    ]
+    if lines:
         handles += [
             Line2D([], [], color="black", linewidth=0.8, linestyle=(0, (4, 3)), label="unedited"),
             Line2D([], [], color="black", linewidth=0.8, linestyle=(0, (1, 2)), label="chance"),
         ]
-        figure.tight_layout(rect=(0, 0.0, 1, 1 - 0.42 / figure.get_figheight()))
-        figure.legend(handles=handles, loc="upper center", ncol=len(handles), columnspacing=1.4, handlelength=2.6)
+    for ax in spare:
+        ax.set_axis_off()
+    spare[0].legend(handles=handles, loc="center left", ncol=1 + (len(handles) > 8), handlelength=2.6, fontsize=8)
+
+
+def rq1(curves: pd.DataFrame, names: list[str]) -> Figure:
+    """Figure RQ1: edit success, then one panel a benchmark, against the number of sequential edits."""
+    panels = len(METRICS) + len(names)
+    columns = 4
+    lines = -(-(panels + 1) // columns)
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(
+            lines, columns, figsize=(2.6 * columns, 2.2 * lines), sharey=True, squeeze=False, layout="constrained"
+        )
+        flat = list(axes.flat)
+        for ax, metric in zip(flat, METRICS, strict=False):
+            success_panel(ax, curves[curves.benchmark == "edit"], metric)
+        for ax, name in zip(flat[len(METRICS) :], names, strict=False):
+            ability_panel(ax, curves[curves.benchmark == name], name)
+        for ax in flat[max(0, panels - columns) : panels]:
+            ax.set_xlabel("sequential edits")
+        for line in axes:
+            line[0].set_ylabel("score")
+        _legend(figure, flat[panels:], list(dict.fromkeys(curves.method)))
     plt.close(figure)  # so that a notebook shows it once, where it is named
     return figure
 
 
+def retention(kept: pd.DataFrame) -> Figure:
+    """Figure of retention: is an edit still there after n more? One curve a method (``stats.retention``)."""
+    bins = list(dict.fromkeys(kept.after))
+    with plt.rc_context(RC):
+        figure, (ax, spare) = plt.subplots(
+            1, 2, figsize=(6.8, 2.6), layout="constrained", width_ratios=(2.2, 1), squeeze=True
+        )
+        methods = list(dict.fromkeys(kept.method))
+        for place, method in enumerate(methods):
+            color, marker, dash = STYLES.get(method, UNKNOWN)
+            own = kept[kept.method == method]
+            where = [bins.index(name) + 0.3 * (place / max(1, len(methods) - 1) - 0.5) for name in own.after]
+            ax.plot(where, own.value, color=color, marker=marker, linestyle=dash, markerfacecolor="white")
+            ax.vlines(where, own.ci_low, own.ci_high, color=color, linewidth=0.8)
+        ax.set_xticks(range(len(bins)), bins)
+        ax.set_xlabel("edits made since")
+        ax.set_ylabel("still in place (reliability)")
+        ax.set_ylim(-0.03, 1.03)
+        _legend(figure, [spare], methods, lines=False)
+    plt.close(figure)
+    return figure
+
+
+LABELS = {
+    "control": "control (no edit)",
+    "alphaedit": "AlphaEdit",
+}
+
+
 def label_of(method: str) -> str:
     """A method's name as it is printed."""
-    return "control (no edit)" if method == "control" else method.upper()
+    return LABELS.get(method, method.upper())
 
 
-def save(figure: Figure, folder: Path) -> list[Path]:
-    """Write figure.png and figure.pdf, without dates, so the same figure gives the same bytes."""
+def save(figure: Figure, folder: Path, name: str = "figure") -> list[Path]:
+    """Write a PNG and a PDF, without dates, so the same figure gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "figure.png", dpi=200, metadata={"Software": f"matplotlib {matplotlib.__version__}"})
-    figure.savefig(folder / "figure.pdf", metadata={"CreationDate": None})
-    return [folder / "figure.png", folder / "figure.pdf"]
+    png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
+    figure.savefig(png, dpi=200, metadata={"Software": f"matplotlib {matplotlib.__version__}"})
+    figure.savefig(pdf, metadata={"CreationDate": None})
+    return [png, pdf]

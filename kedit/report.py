@@ -21,12 +21,13 @@ def folder_of(params: Params) -> Path:
 
 
 def publish(results: Results) -> list[Path]:
-    """Write figure.png, figure.pdf, table.csv, cells.jsonl.gz and manifest.json of a run."""
+    """Write the figures (.png, .pdf), table.csv, cells.jsonl.gz and manifest.json of a run."""
     folder = folder_of(results.params)
     table = stats.table(results).to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_atomic(folder / "table.csv", table.encode())
     figure = plots.rq1(stats.curves(results), results.params.benchmarks)
-    return [*plots.save(figure, folder), folder / "table.csv", *results.save(folder)]
+    made = plots.save(figure, folder) + plots.save(plots.retention(stats.retention(results)), folder, "retention")
+    return [*made, folder / "table.csv", *results.save(folder)]
 
 
 def redraw() -> list[Path]:

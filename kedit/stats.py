@@ -149,3 +149,37 @@ def curves(results: Results) -> pd.DataFrame:
         entry = pooled.setdefault(place, {**dict(zip(names, place, strict=True)), "items": []})
         entry["items"] += record["items"]
     return pd.DataFrame([_row(record) for record in pooled.values()])
+
+
+AGES = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
+"""Edges of the bins of an edit's age."""
+
+
+def retention(results: Results) -> pd.DataFrame:
+    """Is an edit still there after n more? Reliability by age, the number of edits made since.
+
+    Every checkpoint asks about all edits so far, so edit k is seen at age n - k at checkpoint n; an
+    edit seen at several ages of one bin is one cluster. Columns: method, after (the bin), value,
+    ci_low, ci_high, n.
+    """
+    number = {(e["model"], e["method"], e["variant"], e["order"], e["request"]): e["number"] for e in results.edits}
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for record in scored(results):
+        if record["metric"] != "reliability" or record["method"] == "control":
+            continue
+        place = tuple(record[name] for name in ("model", "method", "variant", "order"))
+        for item in record["items"]:
+            if record["edits"]:
+                age = record["edits"] - number[(*place, item["id"])]
+                edge = max(edge for edge in AGES if edge <= age)
+                found.setdefault((record["method"], edge), []).append(item)
+    rows = []
+    for method in dict.fromkeys(method for method, _ in found):
+        for edge, following in zip(AGES, AGES[1:], strict=False):
+            if items := found.get((method, edge)):
+                name = str(edge) if following == edge + 1 else f"{edge}-{following - 1}"
+                row = summarise(items)
+                rows.append(
+                    {"method": method, "after": name} | {k: row[k] for k in ("value", "ci_low", "ci_high", "n")}
+                )
+    return pd.DataFrame(rows)

@@ -139,8 +139,20 @@ class Params:
         return self.edit_set["name"]
 
     def fingerprint(self) -> str:
-        """Hash of the grid."""
-        return digest(asdict(self))[:16]
+        """Hash of the grid, the hyper-parameters that stand in params/methods included."""
+        return digest(asdict(self), self.hparams())[:16]
+
+    def hparams(self) -> dict[str, dict[str, Any]]:
+        """Every method's hyper-parameters on every model, as they stand."""
+        from kedit.editors import kind_of, make_hparams
+
+        return {
+            f"{method.method} ({method.variant}) on {model}": asdict(
+                make_hparams(kind_of(method.method), model, method.hparams)
+            )
+            for model in self.models
+            for method in self.methods
+        }
 
 
 def _check_mapping(values: Mapping[str, Any], kinds: Mapping[str, type], key: str, where: str) -> None:
@@ -410,6 +422,7 @@ def run(params: Params, store: Store | None = None) -> Results:
     manifest = {
         "params": asdict(params),
         "params_fingerprint": params.fingerprint(),
+        "hparams": params.hparams(),
         "models": about,
         "statistics": dict(params.statistics),
         "edits": {

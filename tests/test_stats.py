@@ -62,3 +62,44 @@ def test_status(after, base, chance, status):
 
 def test_nothing_asked_is_not_zero():
     assert math.isnan(summarise([])["value"])
+
+
+def test_retention_counts_the_edits_made_since():
+    """Edit k at checkpoint n is n - k edits old; here every edit is forgotten after three more."""
+    import dataclasses
+
+    from kedit.stats import retention
+    from kedit.study import Params, Results
+
+    params = dataclasses.replace(
+        Params.make(
+            "rq1",
+            "t",
+            {"models": ["smollm2-135m-instruct"], "methods": ["rome"], "edits": [1, 5], "benchmarks": ["mini_mmlu"]},
+        ),
+        benchmarks=[],
+    )
+
+    def cell(method, count, forgotten):
+        asked = [
+            {"id": str(k), "kind": "reliability", "new": float(k > forgotten), "true": 0.5, "says": "other"}
+            for k in range(1, (count or 5) + 1)
+        ]
+        return {"model": "smollm2-135m-instruct", "method": method, "variant": "default" if method else None,
+                "order": 0, "edits": count, "benchmark": "edit", "items": asked}  # fmt: skip
+
+    edits = [
+        {
+            "model": "smollm2-135m-instruct",
+            "method": "rome",
+            "variant": "default",
+            "order": 0,
+            "number": k,
+            "request": str(k),
+        }
+        for k in range(1, 6)
+    ]
+    cells = [cell(None, 0, 5), cell("rome", 1, 0), cell("rome", 5, 2)]
+    found = retention(Results(params, cells, edits, {})).set_index("after")
+    assert found.value.to_dict() == {"0": 1.0, "1-2": 1.0, "3-9": 0.0}
+    assert found.n.to_dict() == {"0": 2, "1-2": 2, "3-9": 2}

@@ -22,6 +22,7 @@ from kedit.models import LM
 from kedit.values import Tail
 
 GAP = 1e-5  # how far apart two radii are kept when a ball is split
+SAME = 1e-3  # keys closer than this share of their norm are one prompt's, read with other rounding
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class GRACE(Editor):
                 if row["label"] == list(target):  # the same answer: one ball that covers both
                     place, value = nearest, row["value"].clone()
                     entry = {"epsilon": max(distance, row["epsilon"])}
+                elif distance < SAME * key.norm().item():  # the very prompt again: no ball could tell the two apart
+                    place, entry = nearest, {"epsilon": row["epsilon"], "label": list(target)}
                 else:  # another answer: two balls that do not meet
                     edit.write(Entry(self.name, {"place": nearest, "epsilon": distance / 2 - GAP}))
                     entry["epsilon"] = distance / 2
