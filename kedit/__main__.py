@@ -1,4 +1,4 @@
-"""``python -m kedit``: run a parameter file, list them, or print the README's tables.
+"""``python -m kedit``: run a parameter file, draw, measure tables, scan and train.
 
 User errors end with one sentence and exit code 2.
 """
@@ -66,6 +66,18 @@ def _scan(args: argparse.Namespace) -> None:
     print(single.scan(args.method, args.settings, args.records).to_string(index=False))
 
 
+def _train(args: argparse.Namespace) -> None:
+    from importlib import import_module
+
+    from kedit.editors import kind_of, make_hparams
+
+    lm = kedit.load(args.model)
+    hparams = make_hparams(kind_of(args.method), args.model)
+    path = kedit.ROOT / "kedit" / "data" / f"{args.method}-{Path(args.model).name}.safetensors"
+    import_module(f"kedit.editors.{args.method}").train(lm, hparams, artefact=path)
+    print("made", os.path.relpath(path, kedit.ROOT))
+
+
 def _figures(args: argparse.Namespace) -> None:
     from kedit.report import redraw
 
@@ -108,6 +120,10 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("settings", nargs="*", help="such as layer=[3,5,7]")
     command.add_argument("--records", type=int, default=20)
     command.set_defaults(function=_scan)
+    command = commands.add_parser("train", help="train a method that needs it, and write what it learned to kedit/data")
+    command.add_argument("method", choices=["mend", "serac"])
+    command.add_argument("--model", default="smollm2-135m-instruct")
+    command.set_defaults(function=_train)
     args = parser.parse_args(argv)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

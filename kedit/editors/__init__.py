@@ -31,9 +31,12 @@ EDITORS = {
     "alphaedit": "kedit.editors.alphaedit.AlphaEdit",
     "pmet": "kedit.editors.pmet.PMET",
     "kn": "kedit.editors.kn.KN",
-    "grace": "kedit.editors.grace.GRACE",
+    "mend": "kedit.editors.mend.MEND",
     "ft-l": "kedit.editors.ft.FTL",
     "ft-m": "kedit.editors.ft.FTM",
+    "grace": "kedit.editors.grace.GRACE",
+    "serac": "kedit.editors.serac.SERAC",
+    "ike": "kedit.editors.ike.IKE",
 }
 
 
