@@ -61,7 +61,7 @@ class _Injected(nn.Module):
 
 
 @contextmanager
-def _skipping(blocks: nn.ModuleList, layer: int) -> Iterator[_Injected]:
+def skipping(blocks: nn.ModuleList, layer: int) -> Iterator[_Injected]:
     """Within the block, blocks 0..layer cost nothing; the last of them yields ``.states``."""
     kept = list(blocks[: layer + 1])
     injected = _Injected()
@@ -119,7 +119,7 @@ class Tail:
         for index, (keys, values) in enumerate(self.past):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
         start = {"inputs_embeds": states} if layer < 0 else {"input_ids": self.tail_ids.expand(rows, -1)}
-        with _skipping(self.lm.anatomy.blocks, layer) as injected:
+        with skipping(self.lm.anatomy.blocks, layer) as injected:
             injected.states = states
             return self.lm.anatomy.base(
                 **start,

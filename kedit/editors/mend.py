@@ -32,7 +32,7 @@ from kedit.journal import Edit, EditFailed, LowRank, Restore
 from kedit.keys import capture, pad, stop_after
 from kedit.models import LM, matrix
 from kedit.store import write_atomic
-from kedit.values import _skipping
+from kedit.values import skipping
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Upper:
         """
         self.read(texts)
         ids, mask = pad([text.ids for text in texts], self.lm.device)
-        with self._updated(updates, len(texts)), _skipping(self.lm.anatomy.blocks, self.below) as injected:
+        with self._updated(updates, len(texts)), skipping(self.lm.anatomy.blocks, self.below) as injected:
             injected.states = nn.utils.rnn.pad_sequence([self._states[text.ids] for text in texts], batch_first=True)
             hidden = self.lm.anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         rows = [i for i, text in enumerate(texts) for _ in text.ids[text.start :]]

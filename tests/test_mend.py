@@ -1,0 +1,189 @@
+"""MEND: factors against dense gradients, low-rank against dense functional weights, accumulation, resumption."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import REQUEST
+
+import kedit
+from kedit import EditRequest
+from kedit.editors import mend
+from kedit.editors.mend import MEND, Hparams, HyperNetwork, Text, Upper
+from kedit.facts import bundled
+from kedit.journal import Edit, LowRank
+from kedit.models import matrix
+
+HPARAMS = Hparams(layers=(2, 3), rank=8, steps=6, lr=1e-3, lr_lr=1e-4, accumulate=4, validate=2, edit_lr=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def few_validations(tmp_path, monkeypatch):
+    monkeypatch.setattr(kedit, "CACHE", tmp_path)
+    splits = {split: bundled(split)[:24] for split in ("train", "validation")}
+    monkeypatch.setattr(mend, "bundled", splits.get)
+
+
+def drawn(lm, count=3):
+    rng, draws = random.Random(0), mend.Draws(lm, bundled("train")[:50])
+    return [draws.draw(rng) for _ in range(count)]
+
+
+def ready(lm, hparams=HPARAMS):
+    """A network that does something to every row, with moments."""
+    upper = Upper(lm, hparams.layers)
+    network = HyperNetwork(upper.modules, hparams)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name != "rates":
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    network(upper.factors([edit for edit, _, _ in drawn(lm, 8)])[0], observe=True)
+    return upper, network
+
+
+def dense(lm, weights, texts):
+    """Log-probabilities of the scored tokens with whole functional weights, every block run, one text at a time."""
+    said = []
+    for text in texts:
+        output = torch.func.functional_call(lm.model, weights, (torch.tensor([text.ids]),), {"use_cache": False})
+        said.append(output.logits[0, text.start - 1 : -1].log_softmax(-1))
+    return torch.cat(said)
+
+
+def stored(lm, module, tensor):
+    """(out, in) as the module's own parameter stores it."""
+    return tensor if matrix(module).shape == module.weight.shape and matrix(module).is_contiguous() else tensor.T
+
+
+def weight_name(lm, module):
+    return lm.anatomy.name(module) + ".weight"
+
+
+def bits(lm):
+    return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+
+
+def same(lm, before):
+    return all(torch.equal(tensor, before[name]) for name, tensor in lm.model.state_dict().items())
+
+
+def test_the_factors_are_the_dense_gradient(lm):
+    lm.model.double()
+    upper = Upper(lm, HPARAMS.layers)
+    texts = [edit for edit, _, _ in drawn(lm)]
+    factors, losses = upper.factors(texts)
+    for row, text in enumerate(texts):
+        weights = {weight_name(lm, m): m.weight.detach().clone().requires_grad_() for m in upper.modules}
+        loss = mend.nll(dense(lm, weights, [text]), [text])
+        assert losses[row].item() == pytest.approx(loss.item(), rel=1e-6)
+        loss.backward()
+        for module, (x, g) in zip(upper.modules, factors, strict=True):
+            expected = stored(lm, module, weights[weight_name(lm, module)].grad)
+            found = g[row].double().T @ x[row].double()  # logits and factors are float32
+            assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_outer_gradient_is_that_of_dense_functional_weights(lm):
+    lm.model.double()
+    upper, network = ready(lm)
+    edits, outers, others = zip(*drawn(lm), strict=True)
+    watched = [network.rates, *(t.layers[0].u for t in network.transforms.values())]
+    updates = network(upper.factors(edits)[0])
+    after = upper.say([*outers, *others], updates)
+    before = upper.say(others)
+    said, now = after.split([len(after) - len(before), len(before)])
+    loss = (mend.nll(said, outers) + mend.divergence(before, now, others)).sum()
+    found = torch.autograd.grad(loss, watched, retain_graph=True)
+
+    total = 0.0
+    for row in range(len(edits)):
+        weights = {}
+        for module, (right, left) in zip(upper.modules, updates, strict=True):
+            weights[weight_name(lm, module)] = module.weight + stored(lm, module, (left[row].T @ right[row]).double())
+        outer, other = outers[row : row + 1], others[row : row + 1]
+        total = total + mend.nll(dense(lm, weights, outer), outer).sum()
+        total = total + mend.divergence(dense(lm, {}, other), dense(lm, weights, other), other).sum()
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    for mine, theirs in zip(found, torch.autograd.grad(total, watched), strict=True):
+        assert theirs.norm() > 0
+        assert (mine - theirs).norm() < 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_edits_accumulate_unless_told_otherwise_and_replay_to_the_bit(lm, accumulate):
+    editor = MEND(lm, replace(HPARAMS, accumulate_edits=accumulate))
+    editor.network, editor._ready = ready(lm)[1], True
+    states, saved, edits = [bits(lm)], [], []
+    for subject in ("France", "Spain", "Peru"):
+        edits.append(editor.apply(EditRequest("The capital of {} is", subject, "Rome", "Paris", id=subject)))
+        saved.append(edits[-1].to_bytes())
+        states.append(bits(lm))
+    for module in Upper(lm, HPARAMS.layers).modules:
+        counted = edits if accumulate else edits[-1:]
+        changes = [
+            c for e in counted for c in e.changes if isinstance(c, LowRank) and c.module == lm.anatomy.name(module)
+        ]
+        assert len(changes) == len(counted)
+        expected = sum(stored(lm, module, c.left.double() @ c.right.double().T) for c in changes)
+        start = states[0][weight_name(lm, module)].double()
+        assert expected.norm() > 1e-3 * start.norm()
+        torch.testing.assert_close(module.weight.double(), start + expected, rtol=1e-6, atol=1e-6)
+
+    edits[-1].undo()
+    assert same(lm, states[2])
+    lm.journal.reset()
+    assert same(lm, states[0])
+    for data, state in zip(saved, states[1:], strict=True):
+        lm.journal.replay(Edit.from_bytes(data))
+        assert same(lm, state)
+
+
+def test_the_first_edit_of_an_untrained_editor_descends(lm):
+    editor = MEND(lm, replace(HPARAMS, edit_lr=1e-5))
+    upper = Upper(lm, HPARAMS.layers)
+    editor.network, editor._ready = HyperNetwork(upper.modules, editor.hparams), True
+    editor.network(upper.factors([edit for edit, _, _ in drawn(lm, 8)])[0], observe=True)
+    text = Text.of(lm, REQUEST.text, REQUEST.target_new)
+    edit = editor.apply(REQUEST)
+    assert mend.nll(Upper(lm, HPARAMS.layers).say([text]), [text]).item() < edit.info["loss"]
+
+
+def test_training_killed_and_resumed_is_training_uninterrupted(llama, monkeypatch):
+    whole = mend.train(llama, HPARAMS).state_dict()
+    again = mend.trained(llama, HPARAMS).state_dict()  # from the cache
+    objective, calls = mend.objective, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return objective(*args)
+
+    monkeypatch.setattr(mend, "objective", killed)
+    with pytest.raises(KeyboardInterrupt):
+        mend.train(llama, HPARAMS, fresh=True)
+    resumed = mend.train(llama, HPARAMS).state_dict()
+    assert len(calls) == 4 + 4  # on from the checkpoint after step 2
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, again[name])
+        assert torch.equal(tensor, resumed[name])
+
+
+def test_training_lowers_the_loss_and_is_found_again(llama, monkeypatch, tmp_path):
+    hparams = replace(HPARAMS, steps=25, validate=25, cedit=1.0, lr=1e-2)
+    upper, draws, some = Upper(llama, hparams.layers), mend.Draws(llama, mend.bundled("train")), random.Random(1)
+    drawn = [draws.draw(some) for _ in range(24)]
+    before = mend.objective(upper, HyperNetwork(upper.modules, hparams), drawn, hparams).item()
+    artefact = tmp_path / "artefact.safetensors"
+    trained = mend.train(llama, hparams, artefact=artefact)
+    assert mend.objective(upper, trained, drawn, hparams).item() < 0.9 * before
+
+    again = tmp_path / "again.safetensors"
+    mend.train(llama, hparams, artefact=again, fresh=True)
+    assert artefact.read_bytes() == again.read_bytes()
+    monkeypatch.setattr(mend, "artefact_path", lambda lm: artefact)
+    monkeypatch.setattr(mend, "train", lambda lm, hparams: "trained anew")
+    assert isinstance(mend.trained(llama, replace(hparams, accumulate_edits=False)), HyperNetwork)
+    assert mend.trained(llama, replace(hparams, lr=1.0)) == "trained anew"

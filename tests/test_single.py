@@ -1,0 +1,34 @@
+"""Single edits: undone, stored, summarised; scans name what is wrong with a setting."""
+
+import pytest
+import torch
+from conftest import HPARAMS
+
+import kedit
+from kedit import KeditError
+from kedit.facts import bundled
+from kedit.single import scan, single_edits, summary
+
+
+def test_single_edits_are_undone_and_made_once(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(kedit, "RUNS", tmp_path)
+    before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
+    requests = bundled("validation")[:3]
+    first = list(single_edits(llama, "ft-m", requests, HPARAMS["ft-m"]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llama.model.state_dict().items())
+    assert [len(record["after"]) for record in first] == [1 + len(r.paraphrases) + len(r.neighbours) for r in requests]
+    numbers = summary(first)
+    assert numbers["reliability"]["n"] == 3
+    assert numbers["reliability"]["value"] == pytest.approx(
+        sum(r["after"][0]["new"] > r["after"][0]["true"] for r in first) / 3
+    )
+    from kedit.editors.ft import FTM
+
+    monkeypatch.setattr(FTM, "_apply", lambda *_: pytest.fail("made again"))
+    assert list(single_edits(llama, "ft-m", requests, HPARAMS["ft-m"])) == first
+
+
+@pytest.mark.parametrize("setting", ["layer=3", "layer", "layer="])
+def test_a_scan_wants_lists(setting):
+    with pytest.raises(KeditError, match=r"layer=\[3,5,7\]"):
+        scan("rome", [setting])
