@@ -1,4 +1,4 @@
-# make rq1              reproduce Figure RQ1 (about 25 minutes on two cores, after installing)
+# make rq1              reproduce Figure RQ1 (18 minutes on two idle cores, after installing)
 # make rq1 PARAMS=smoke the same in small (90 seconds)
 # make help             all targets
 
@@ -41,7 +41,7 @@ figures: $(READY) ## redraw every figure from its committed cells, in seconds
 verify: $(READY) ## compare the last run of rq1 with the committed reference  PARAMS=...
 	$(PY) -m kedit verify params/rq1/$(RQ1).yaml
 
-tables: $(READY) ## measure the README's tables again (about 20 minutes)
+tables: $(READY) ## measure the README's tables again (hours, if nothing is stored)
 	$(PY) -m kedit tables
 
 test: lint pytest nbval ## ruff, pytest and the notebooks' outputs

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from kedit.models import LM
 
 
+FORMAT = 2
+"""How saved edits are written; raise it when that changes, and stored trajectories begin anew."""
+
+
 class EditFailed(Exception):
     """An editor found no update it could write (for example a non-finite one); the model is as before."""
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -175,7 +176,7 @@ def retention(results: Results) -> pd.DataFrame:
                 found.setdefault((record["method"], edge), []).append(item)
     rows = []
     for method in dict.fromkeys(method for method, _ in found):
-        for edge, following in zip(AGES, AGES[1:], strict=False):
+        for edge, following in pairwise(AGES):
             if items := found.get((method, edge)):
                 name = str(edge) if following == edge + 1 else f"{edge}-{following - 1}"
                 row = summarise(items)

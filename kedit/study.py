@@ -269,15 +269,15 @@ class Progress:
         self.left[kind] -= 1
         if seconds is not None:
             self.spent[kind].append(seconds)
-        left = 0.0
-        for name, count in self.left.items():
-            recent = self.spent[name][-20:]
-            left += count * (sum(recent) / len(recent) if recent else 0.0)
+        recent = {name: sum(spent[-20:]) / len(spent[-20:]) for name, spent in self.spent.items() if spent}
+        typical = sum(recent.values()) / len(recent) if recent else 0.0  # of work not begun yet
+        left = sum(count * recent.get(name, typical) for name, count in self.left.items())
         self.bar.set_postfix_str(f"{what}, {left / 60:.0f} min {left % 60:02.0f} s left", refresh=False)
         self.bar.update()
 
     def close(self) -> None:
-        """End the bar."""
+        """End the bar; edits whose cells were all found were not even replayed."""
+        self.bar.update(self.bar.total - self.bar.n)
         self.bar.close()
 
 
@@ -286,14 +286,15 @@ class Trajectory:
 
     def __init__(self, lm, method: Method, requests: list, statistics: Any, store: Store):
         from kedit.editors import editor
+        from kedit.journal import FORMAT
 
         self.lm, self.store, self.requests = lm, store, requests
         self.editor = editor(method.method, lm, hparams=method.hparams, statistics=statistics)
-        self.editable = method.method != "control"
+        self.name, self.editable = f"{method.method} {method.variant}", method.method != "control"
         self.states = [digest("model", lm.fingerprint)]
         recipe = self.editor.key()
         for request in requests:
-            self.states.append(digest(self.states[-1], recipe, request.key()))
+            self.states.append(digest(FORMAT, self.states[-1], recipe, request.key()))
         self.begun = False
 
     def advance(self, count: int) -> Iterator[float | None]:
@@ -349,8 +350,10 @@ def run(params: Params, store: Store | None = None) -> Results:
     trajectories = len(params.models) * len(params.methods) * len(params.orders)
     per_checkpoint = len(params.benchmarks) + 1
     unedited = len(params.models) * (len(params.benchmarks) + len(params.orders))
+    per_method = max(params.edits) * len(params.models) * len(params.orders)
     progress = Progress(
-        {"edit": trajectories * max(params.edits), "cell": trajectories * len(checkpoints) * per_checkpoint + unedited}
+        {f"edit by {method.method} {method.variant}": per_method for method in params.methods}
+        | {"cell": trajectories * len(checkpoints) * per_checkpoint + unedited}
     )
     computed = {"edit": 0, "cell": 0}
     cells: list[dict[str, Any]] = []
@@ -360,7 +363,7 @@ def run(params: Params, store: Store | None = None) -> Results:
     def count_edits(trajectory: Trajectory, count: int, what: str) -> None:
         for seconds in trajectory.advance(count):
             computed["edit"] += seconds is not None
-            progress.done("edit", seconds, what)
+            progress.done(f"edit by {trajectory.name}", seconds, what)
 
     def cell(trajectory: Trajectory, count: int, benchmark: str, **where: Any) -> None:
         """Find or compute one cell."""
