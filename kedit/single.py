@@ -112,7 +112,7 @@ def editing_table(count: int = 100) -> pd.DataFrame:
         seconds = seconds_an_edit(lm, name, requests[:TIMED])
         metrics = (*METRICS, *(f"{metric}_generated" for metric in METRICS))
         rows.append(
-            {"method": label_of(name)}
+            {"method": label_of(name), "n": len(requests)}
             | {metric.replace("_", ", "): _interval(numbers[metric]) for metric in metrics}
             | {"seconds an edit": f"{seconds:.1f}", "kB an edit": f"{numbers['bytes'] / 1000:.1f}"}
         )
