@@ -21,7 +21,6 @@ from kedit import benchmarks
 from kedit.models import LM
 from kedit.scoring import loglikelihoods, read
 
-log = logging.getLogger(__name__)
 for noisy in ("lm_eval", "datasets"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 

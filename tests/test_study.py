@@ -126,7 +126,7 @@ def test_the_table_has_every_row_of_the_grid(grid, tmp_path, monkeypatch):
     # the control is the unedited model, to the last item
     control = rows[(rows.method == "control") & (rows.benchmark != "edit")]
     assert (control.delta == 0).all()
-    # five of six reliability rows over all edits so far: n counts them
+    # a reliability row covers all edits so far, and n counts them
     counts = rows[(rows.method == "rome") & (rows.metric == "reliability") & (rows.order == 0)].set_index("edits").n
     assert counts[1] == 1
     assert counts[3] == 3
