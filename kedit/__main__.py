@@ -73,8 +73,9 @@ def _train(args: argparse.Namespace) -> None:
 
     lm = kedit.load(args.model)
     hparams = make_hparams(kind_of(args.method), args.model)
-    path = kedit.ROOT / "kedit" / "data" / f"{args.method}-{Path(args.model).name}.safetensors"
-    import_module(f"kedit.editors.{args.method}").train(lm, hparams, artefact=path)
+    method = import_module(f"kedit.editors.{args.method}")
+    path = method.artefact_path(lm)
+    method.train(lm, hparams, artefact=path)
     print("made", os.path.relpath(path, kedit.ROOT))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from kedit import KeditError
 
 if TYPE_CHECKING:
+    from kedit.memory import Memory
     from kedit.models import LM
 
 
@@ -189,6 +190,14 @@ class Journal:
             self._originals[module] = self._weight(module).detach().clone()
         with torch.no_grad():
             change.write(self.lm)
+
+    def attach(self, name: str, memory: "Memory") -> None:
+        """Give the model a method's memory, in place of an earlier one; it knows the edits already made."""
+        self.lm.memories[name] = memory
+        for edit in self.edits:
+            for change in edit.changes:
+                if isinstance(change, Entry) and change.memory == name:
+                    memory.add(change.values)
 
     def restore(self, module: str) -> None:
         """Put one weight back to its original bits (a change like any other: see ``Restore``)."""

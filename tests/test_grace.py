@@ -82,3 +82,13 @@ def test_one_edit_a_batch_is_the_named_deviation(llama):
     edits = [editor.apply(request) for request in asks()]
     assert [bool(edit.changes) for edit in edits] == [True, False, True]
     assert edits[1].info["skipped"]
+
+
+def test_a_second_editor_knows_the_edits_already_made(llama):
+    request = EditRequest("The capital city of {}", "France", "Rome", "Paris")
+    edit = kedit.editor("grace", llama, hparams=HPARAMS["grace"]).apply(request)
+    again = kedit.editor("grace", llama, hparams=HPARAMS["grace"])
+    assert len(again.memory.entries) == 1
+    assert read(llama, [], [ids(llama, request.text)], limit=1)[1] == [llama.encode(" Rome")]
+    edit.undo()
+    assert not again.memory.entries

@@ -44,7 +44,8 @@ class AlphaEdit(memit.MEMIT):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.memory = self.lm.memories[self.name] = Memory()  # keys of earlier edits, (layers, m) each
+        self.memory = Memory()  # keys of earlier edits, (layers, m) each
+        self.lm.journal.attach(self.name, self.memory)
         self._bases: dict[int, Tensor] = {}
 
     def basis(self, layer: int) -> Tensor:

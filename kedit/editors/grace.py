@@ -96,7 +96,8 @@ class GRACE(Editor):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.memory = self.lm.memories[self.name] = Codebook(self.lm, self.hparams.layer)
+        self.memory = Codebook(self.lm, self.hparams.layer)
+        self.lm.journal.attach(self.name, self.memory)
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         lm, hp, rows = self.lm, self.hparams, self.memory.entries

@@ -94,7 +94,8 @@ class IKE(Editor):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.memory = self.lm.memories[self.name] = Context(self)
+        self.memory = Context(self)
+        self.lm.journal.attach(self.name, self.memory)
 
     def _prepare(self) -> None:
         self.encoder = Encoder(self.lm.device)

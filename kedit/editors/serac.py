@@ -286,7 +286,8 @@ class SERAC(Editor):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.memory = self.lm.memories[self.name] = Scope(self)
+        self.memory = Scope(self)
+        self.lm.journal.attach(self.name, self.memory)
 
     def key(self) -> dict[str, Any]:
         """What the method's edits depend on besides model and requests, for hashing."""
