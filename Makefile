@@ -27,7 +27,7 @@ $(READY): requirements.txt requirements-model.txt
 	@touch $@
 
 rq1: $(READY) ## how do abilities change with the number of edits?  PARAMS=smollm2-135m | smoke | ...
-	$(PY) -m kedit run params/rq1/$(RQ1).yaml
+	$(PY) -m kedit run params/rq1/$(RQ1).yaml $(if $(WORKERS),--workers $(WORKERS))
 	$(PY) -m kedit notebook params/rq1/$(RQ1).yaml
 
 all: rq1 ## every question's default run

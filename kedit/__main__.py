@@ -18,7 +18,7 @@ def _run(args: argparse.Namespace) -> None:
     from kedit.study import Params, run
 
     params = Params.read(args.params)
-    run(params).save(kedit.RUNS / params.rq / params.name)
+    run(params, workers=args.workers).save(kedit.RUNS / params.rq / params.name)
 
 
 def _notebook(args: argparse.Namespace) -> None:
@@ -110,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("params", type=Path)
+        if name == "run":
+            command.add_argument("--workers", type=int, help="processes at once; by default one a core")
         command.set_defaults(function=function)
     commands.add_parser("list", help="list the parameter files").set_defaults(function=_list)
     commands.add_parser("figures", help="redraw all from committed cells").set_defaults(function=_figures)

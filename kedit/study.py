@@ -1,17 +1,18 @@
 """A grid of models, methods, orders, edit counts and benchmarks, run as trajectories.
 
 Edits accumulate once along a trajectory (model x method x order); the model is evaluated at the
-checkpoints on the way. Every finished edit and every finished cell is on disk at once, under a key
-made of all it depends on, so a killed run goes on where it was and a second run finds everything.
+checkpoints on the way, by replaying the journal in any worker that is free. Every finished edit and
+every finished cell is on disk at once, under a key made of all it depends on, so a killed run goes on
+where it was and a second run finds everything.
 """
 
 import gzip
 import json
 import logging
-import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from importlib import metadata
@@ -21,8 +22,9 @@ from typing import Any
 import yaml
 
 import kedit
-from kedit import KeditError, benchmarks
+from kedit import KeditError, benchmarks, trajectory
 from kedit.store import Store, digest, write_atomic
+from kedit.workers import Job, cores, default_workers, execute, free_memory, pool, threads
 
 log = logging.getLogger(__name__)
 
@@ -257,11 +259,12 @@ def results(params: Params, source: str) -> Results:
 class Progress:
     """A bar over edits and cells with the time left, each kind of work timed on its own."""
 
-    def __init__(self, planned: Mapping[str, int]):
+    def __init__(self, planned: Mapping[str, int], workers: int):
         from tqdm import tqdm
 
         self.left = dict(planned)
         self.spent: dict[str, list[float]] = {kind: [] for kind in planned}
+        self.workers = workers
         self.bar = tqdm(total=sum(planned.values()), unit="", bar_format="{l_bar}{bar}| {n}/{total} {postfix}")
 
     def done(self, kind: str, seconds: float | None, what: str) -> None:
@@ -271,147 +274,166 @@ class Progress:
             self.spent[kind].append(seconds)
         recent = {name: sum(spent[-20:]) / len(spent[-20:]) for name, spent in self.spent.items() if spent}
         typical = sum(recent.values()) / len(recent) if recent else 0.0  # of work not begun yet
-        left = sum(count * recent.get(name, typical) for name, count in self.left.items())
+        left = sum(count * recent.get(name, typical) for name, count in self.left.items()) / self.workers
         self.bar.set_postfix_str(f"{what}, {left / 60:.0f} min {left % 60:02.0f} s left", refresh=False)
         self.bar.update()
 
-    def close(self) -> None:
-        """End the bar; edits whose cells were all found were not even replayed."""
-        self.bar.update(self.bar.total - self.bar.n)
-        self.bar.close()
 
+@dataclass(frozen=True)
+class _Unit:
+    """An edit or a cell that a run must have."""
 
-class Trajectory:
-    """One model edited by one method in one order, brought to any checkpoint on demand."""
+    key: str
+    """Where the store keeps it."""
+    kind: str
+    where: Mapping[str, Any]
+    """Its coordinates, as the results hold them."""
+    place: tuple[int, int, int]
+    """The method's position, the order, and the edits made."""
+    unedited: str = ""
+    """For a cell, the key of the unedited model's cell."""
 
-    def __init__(self, lm, method: Method, requests: list, statistics: Any, store: Store):
-        from kedit.editors import editor
-        from kedit.journal import FORMAT
+    @property
+    def name(self) -> str:
+        """What the progress bar says."""
+        done = f"{self.where['method'] or 'unedited'} {self.place[2]}"
+        return f"{done}: {self.where['benchmark']}" if self.kind == "cell" else done
 
-        self.lm, self.store, self.requests = lm, store, requests
-        self.editor = editor(method.method, lm, hparams=method.hparams, statistics=statistics)
-        self.name, self.editable = f"{method.method} {method.variant}", method.method != "control"
-        self.states = [digest("model", lm.fingerprint)]
-        recipe = self.editor.key()
-        for request in requests:
-            self.states.append(digest(FORMAT, self.states[-1], recipe, request.key()))
-        self.begun = False
-
-    def advance(self, count: int) -> Iterator[float | None]:
-        """Bring the model to ``count`` edits, replaying what is stored; yields seconds, None if replayed."""
-        from kedit.journal import Edit, EditFailed
-
-        journal = self.lm.journal
-        if not self.begun:
-            journal.reset()
-            if any(not self.store.path(state).exists() for state in self.states[1:]):
-                self.editor.prepare()
-            self.begun = True
-        while len(journal.edits) < count:
-            number = len(journal.edits)
-            key, request = self.states[number + 1], self.requests[number]
-            if (stored := self.store.get(key)) is not None:
-                journal.replay(Edit.from_bytes(stored))
-                yield None
-                continue
-            start = time.perf_counter()
-            try:
-                edit = self.editor.apply(request)
-            except EditFailed as error:
-                log.warning("edit %d (%s) failed: %s", number + 1, request.id, error)
-                edit = Edit(self.editor.name, request.id, info={"failed": str(error)})
-                journal.replay(edit)
-            if self.editable and not edit.changes and not {"failed", "skipped"} & set(edit.info):
-                raise RuntimeError(f"{self.editor.name} left the model unchanged at {request.id}")
-            self.store.put(key, edit.to_bytes())
-            yield time.perf_counter() - start
-
-    def edit(self, number: int) -> dict[str, Any] | None:
-        """What the journal says about an edit (0-based), None if it is not stored."""
+    def read(self, store: Store) -> dict[str, Any]:
+        """What the store holds of it, as the results do, and the ``seconds`` it took."""
         from kedit.journal import Edit
 
-        stored = self.store.get(self.states[number + 1])
-        if stored is None:
-            return None
+        if self.kind == "cell":
+            found = store.get_json(self.key)
+            return {"type": "cell", **self.where, "items": found["items"], "seconds": found["seconds"]}
+        stored = store.get(self.key)
         edit = Edit.from_bytes(stored)
-        return {"request": edit.request, "bytes": len(stored), **edit.info}
+        about = {"number": self.place[2], "request": edit.request, "bytes": len(stored), **edit.info}
+        return {"type": "edit", **self.where, **about}
 
 
-def run(params: Params, store: Store | None = None) -> Results:
-    """Run a grid, or as much of it as the store does not hold yet."""
-    from kedit import models
-    from kedit.evaluate import evaluate
-    from kedit.keys import Statistics
-    from kedit.success import measure
+def _units(params: Params, model: str, states: Mapping[tuple[int, int], list[str]]) -> list[_Unit]:
+    """Everything a run must have of one model, in the order of the results: cells and edits by trajectory."""
+    units = []
+    for index, order in enumerate(params.orders):
+        asked = [request.key() for request in params.requests(order)]
+
+        def key(state: str, benchmark: str, count: int, asked: list = asked) -> str:
+            if benchmark == "edit":
+                return digest("cell", state, "edit", asked[: count or None])
+            return digest("cell", state, benchmark, benchmarks.fingerprint(benchmark), params.limit)
+
+        for position, method in enumerate(params.methods):
+            own = states[position, order]
+            where = {"model": model, "method": method.method, "variant": method.variant, "order": order}
+            for count in params.edits:
+                for benchmark in ("edit", *params.benchmarks):
+                    at = where
+                    if count == 0:  # what the unedited model does is kept once
+                        if position or (index and benchmark != "edit"):
+                            continue
+                        at = where | {"method": None, "variant": None, "order": order if benchmark == "edit" else None}
+                    at = at | {"edits": count, "benchmark": benchmark}
+                    unedited = key(own[0], benchmark, 0)
+                    units.append(
+                        _Unit(key(own[count], benchmark, count), "cell", at, (position, order, count), unedited)
+                    )
+            for number, state in enumerate(own[1:], 1):
+                units.append(_Unit(state, f"edit by {method.method}", where, (position, order, number)))
+    return units
+
+
+def _jobs(params: Params, model: str, missing: Collection[_Unit], folder: Path) -> list[Job]:
+    """What computes the missing units, in an order that has the unedited model asked while methods get ready."""
+    to_edit = dict.fromkeys(unit.place[:2] for unit in missing if unit.kind != "cell")
+    to_measure: dict[tuple[int, int, int], dict[str, tuple[str, str]]] = {}
+    for unit in missing:
+        if unit.kind == "cell":
+            to_measure.setdefault(unit.place, {})[unit.where["benchmark"]] = (unit.key, unit.unedited)
+
+    def measuring(place: tuple[int, int, int], after: Sequence[Job]) -> Job:
+        return Job(trajectory.measure, (params, model, *place, to_measure[place], folder), after)
+
+    first = [measuring(place, ()) for place in to_measure if place[2] == 0]
+    if to_edit:
+        positions = sorted({position for position, _ in to_edit})
+        first.append(Job(trajectory.prepare, (params, model, positions, folder)))
+    editing = {place: Job(trajectory.advance, (params, model, *place, folder), first) for place in to_edit}
+    rest = [
+        measuring(place, [*first, *(job for at, job in editing.items() if at == place[:2])])
+        for place in to_measure
+        if place[2]
+    ]
+    return [*first, *editing.values(), *rest]
+
+
+def _compute(
+    params: Params,
+    model: str,
+    missing: Mapping[str, _Unit],
+    store: Store,
+    progress: Progress,
+    executor: Executor,
+    memory: int,
+) -> None:
+    """Have workers compute what is missing of one model, as many at once as memory allows."""
+    pending = dict(missing)
+
+    def tick() -> None:
+        for key in [key for key in pending if store.path(key).exists()]:
+            unit = pending.pop(key)
+            progress.done(unit.kind, unit.read(store).get("seconds"), unit.name)
+
+    at_once = max(1, min(progress.workers, free_memory() // memory))
+    if at_once < progress.workers:
+        log.info("memory allows %d of %d workers", at_once, progress.workers)
+    execute(_jobs(params, model, missing.values(), store.folder), executor, at_once, tick)
+
+
+def _planned(params: Params) -> dict[str, int]:
+    """How many edits by each method, and how many cells, a run has."""
+    models, orders = len(params.models), len(params.orders)
+    planned = {f"edit by {method.method}": 0 for method in params.methods}
+    for method in params.methods:
+        planned[f"edit by {method.method}"] += max(params.edits) * orders * models
+    checkpoints = len(params.methods) * orders * sum(1 for count in params.edits if count)
+    unedited = len(params.benchmarks) + orders
+    return planned | {"cell": models * (checkpoints * (len(params.benchmarks) + 1) + unedited)}
+
+
+def run(params: Params, store: Store | None = None, workers: int | None = None) -> Results:
+    """Run a grid, or as much of it as the store does not hold yet.
+
+    Args:
+        workers: how many processes work at once; by default one for each core, as far as memory goes,
+            or one on a machine with a GPU.
+
+    Raises:
+        KeditError: a model cannot be loaded, or a worker was killed.
+    """
 
     store = store or Store(kedit.RUNS / "store")
     started = time.time()
-    checkpoints = [count for count in params.edits if count]
-    trajectories = len(params.models) * len(params.methods) * len(params.orders)
-    per_checkpoint = len(params.benchmarks) + 1
-    unedited = len(params.models) * (len(params.benchmarks) + len(params.orders))
-    per_method = max(params.edits) * len(params.models) * len(params.orders)
-    progress = Progress(
-        {f"edit by {method.method} {method.variant}": per_method for method in params.methods}
-        | {"cell": trajectories * len(checkpoints) * per_checkpoint + unedited}
-    )
-    computed = {"edit": 0, "cell": 0}
+    workers = workers or default_workers()
+    progress = Progress(_planned(params), workers)
     cells: list[dict[str, Any]] = []
     edits: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
-
-    def count_edits(trajectory: Trajectory, count: int, what: str) -> None:
-        for seconds in trajectory.advance(count):
-            computed["edit"] += seconds is not None
-            progress.done(f"edit by {trajectory.name}", seconds, what)
-
-    def cell(trajectory: Trajectory, count: int, benchmark: str, **where: Any) -> None:
-        """Find or compute one cell."""
-        state, what = trajectory.states[count], f"{where['method'] or 'unedited'} {count}: {benchmark}"
-        if benchmark == "edit":
-            # the unedited model is asked about all edits to come, a checkpoint about those made
-            asked = trajectory.requests[: count or None]
-            key = digest("edit", state, [request.key() for request in asked])
-        else:
-            key = digest("benchmark", state, benchmark, benchmarks.fingerprint(benchmark), params.limit)
-        items, seconds = store.get_json(key), None
-        if items is None:
-            count_edits(trajectory, count, what)
-            start = time.perf_counter()
-            items = (
-                measure(trajectory.lm, asked)
-                if benchmark == "edit"
-                else evaluate(trajectory.lm, benchmark, params.limit)
-            )
-            store.put_json(key, items)
-            seconds = time.perf_counter() - start
-            computed["cell"] += 1
-        progress.done("cell", seconds, what)
-        cells.append({"type": "cell", **where, "edits": count, "benchmark": benchmark, "items": items})
-
-    for model in params.models:
-        lm = models.load(model)
-        statistics = Statistics(lm, **params.statistics)
-        about[model] = {"fingerprint": lm.fingerprint, "begin_token": lm.tokenizer.convert_ids_to_tokens(lm.begin)}
-        for index, order in enumerate(params.orders):
-            requests = params.requests(order)
-            for position, method in enumerate(params.methods):
-                trajectory = Trajectory(lm, method, requests, statistics, store)
-                where = {"model": model, "method": None, "variant": None, "order": order}
-                if position == 0:
-                    cell(trajectory, 0, "edit", **where)
-                    for benchmark in params.benchmarks if index == 0 else ():
-                        cell(trajectory, 0, benchmark, **{**where, "order": None})
-                where |= {"method": method.method, "variant": method.variant}
-                for count in checkpoints:
-                    for benchmark in ("edit", *params.benchmarks):
-                        cell(trajectory, count, benchmark, **where)
-                made = [trajectory.edit(number) for number in range(len(requests))]
-                if None in made:
-                    count_edits(trajectory, len(requests), f"{method.method} {len(requests)}")
-                    made = [trajectory.edit(number) for number in range(len(requests))]
-                edits += [{"type": "edit", **where, "number": n + 1, **info} for n, info in enumerate(made)]
-    progress.close()
+    computed = {"edit": 0, "cell": 0}
+    with pool(workers) as executor:
+        for model in params.models:
+            about[model], states = executor.submit(trajectory.survey, params, model, store.folder).result()
+            units = _units(params, model, states)
+            missing = {unit.key: unit for unit in units if store.get(unit.key) is None}
+            for unit in units:
+                if unit.key not in missing:
+                    progress.done(unit.kind, None, unit.name)
+            _compute(params, model, missing, store, progress, executor, about[model].pop("memory"))
+            for unit in units:
+                (cells if unit.kind == "cell" else edits).append(unit.read(store))
+            computed["cell"] += sum(unit.kind == "cell" for unit in missing.values())
+            computed["edit"] += sum(unit.kind != "cell" for unit in missing.values())
+    progress.bar.close()
     log.info(
         "%d edits and %d cells computed, %d cells found in %s",
         computed["edit"],
@@ -421,7 +443,7 @@ def run(params: Params, store: Store | None = None) -> Results:
     )
     if not any(computed.values()):
         log.info("nothing was left to compute")
-    timing = [edit.pop("seconds", None) for edit in edits]
+    seconds = {"edit": [edit.pop("seconds", None) for edit in edits], "cell": [cell.pop("seconds") for cell in cells]}
     manifest = {
         "params": asdict(params),
         "params_fingerprint": params.fingerprint(),
@@ -430,11 +452,12 @@ def run(params: Params, store: Store | None = None) -> Results:
         "statistics": dict(params.statistics),
         "edits": {
             "failed": sum("failed" in edit for edit in edits),
-            "median_seconds": _medians(edits, timing),
+            "median_seconds": _medians(edits, seconds["edit"]),
         },
         "computed": computed,
         "wall_seconds": round(time.time() - started, 1),
-        "machine": machine(),
+        "work_seconds": round(sum(value or 0 for values in seconds.values() for value in values), 1),
+        "machine": {**machine(), "workers": workers, "threads": threads()},
         "versions": versions(),
     }
     return Results(params, cells, edits, manifest)
@@ -455,8 +478,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     return {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "cores": cores(),
         "architecture": platform.machine(),
         "system": platform.system(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -72,6 +72,7 @@ def test_killed_three_times_gives_the_same_table(grid, tmp_path):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        time.sleep(0.5)  # its workers notice and end
         finished |= {file: file.stat().st_mtime_ns for file in store.rglob("??/*") if file.name[0] != "."}
     resumed = command(path, tmp_path / "broken")
     assert resumed.wait() == 0, resumed.stderr.read()

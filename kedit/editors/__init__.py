@@ -85,14 +85,14 @@ class Editor(ABC):
         return {
             "method": self.name,
             "hparams": asdict(self.hparams),
-            "statistics": self.statistics.key if self.uses_statistics else None,
+            "statistics": self.statistics.key if self.moments_of else None,
             "contexts": self.contexts if self._contexts_given else "sampled",
         }
 
     @property
-    def uses_statistics(self) -> bool:
-        """Whether second moments enter the edits."""
-        return False
+    def moments_of(self) -> Sequence[int]:
+        """Layers whose second moments enter the edits."""
+        return ()
 
     def apply(self, request: EditRequest) -> Edit:
         """Edit the model in place, on top of whatever edits it already has.

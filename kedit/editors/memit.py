@@ -46,14 +46,14 @@ class MEMIT(Editor):
     site = "block"  # where z is optimised: the residual stream after the last edited layer
 
     @property
-    def uses_statistics(self) -> bool:
-        """Whether second moments enter the edits."""
-        return True
+    def moments_of(self) -> Sequence[int]:
+        """Layers whose second moments enter the edits."""
+        return self.hparams.layers
 
     def _prepare(self) -> None:
         if self.contexts is None:
             self.contexts = context_templates(self.lm, self.hparams.contexts, self.hparams.seed)
-        self.statistics.prepare(self.hparams.layers)
+        self.statistics.prepare(self.moments_of)
 
     def _texts(self, request: EditRequest) -> list[Row]:
         """The prompt in each context, the bare one first."""

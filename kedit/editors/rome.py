@@ -4,6 +4,7 @@ Meng et al., "Locating and Editing Factual Associations in GPT", 2022. Two quest
 averaged key of the subject, turned by the inverse second moment), and which value (kedit/values.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,15 +49,14 @@ class ROME(Editor):
     Hparams = Hparams
 
     @property
-    def uses_statistics(self) -> bool:
-        """Whether second moments enter the edits."""
-        return self.hparams.covariance
+    def moments_of(self) -> Sequence[int]:
+        """Layers whose second moments enter the edits."""
+        return [self.hparams.layer] if self.hparams.covariance else []
 
     def _prepare(self) -> None:
         if self.contexts is None:
             self.contexts = context_templates(self.lm, self.hparams.contexts, self.hparams.seed)
-        if self.hparams.covariance:
-            self.statistics.prepare([self.hparams.layer])
+        self.statistics.prepare(self.moments_of)
 
     def _direction(self, key: torch.Tensor) -> torch.Tensor:
         """C^-1 k, normalised; k itself without covariance. (m,) -> (m,) float64."""

@@ -1,0 +1,144 @@
+"""One model edited by one method in one order; and the units of work that a run is made of.
+
+The functions at the end are what workers do. Arguments and results are plain and everything else is
+in the store, so a worker may be any process on any machine that sees the store's folder.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kedit.store import Store, digest
+
+if TYPE_CHECKING:
+    from kedit.study import Method, Params
+
+log = logging.getLogger(__name__)
+
+
+class Trajectory:
+    """One model edited by one method in one order, brought to any checkpoint on demand.
+
+    Attributes:
+        states: for each count of edits, from 0, the hash of all that the edited model depends on, under
+            which the store keeps the last of these edits.
+    """
+
+    def __init__(self, lm, method: "Method", requests: Sequence, statistics: Any, store: Store):
+        from kedit.editors import editor
+        from kedit.journal import FORMAT
+
+        self.lm, self.store, self.requests = lm, store, requests
+        self.editor = editor(method.method, lm, hparams=method.hparams, statistics=statistics)
+        self.editable = method.method != "control"
+        lm.journal.reset()
+        self.states = [digest("model", lm.fingerprint)]
+        recipe = self.editor.key()
+        for request in requests:
+            self.states.append(digest(FORMAT, self.states[-1], recipe, request.key()))
+
+    def advance(self, count: int) -> None:
+        """Bring the model from no edit to ``count``, replaying what is stored and storing what is new."""
+        from kedit.journal import Edit, EditFailed
+
+        journal = self.lm.journal
+        journal.reset()
+        for state, request in zip(self.states[1 : count + 1], self.requests, strict=False):
+            if (stored := self.store.get(state)) is not None:
+                journal.replay(Edit.from_bytes(stored))
+                continue
+            try:
+                edit = self.editor.apply(request)
+            except EditFailed as error:
+                log.warning("edit %d (%s) failed: %s", len(journal.edits) + 1, request.id, error)
+                edit = Edit(self.editor.name, request.id, info={"failed": str(error)})
+                journal.replay(edit)
+            if self.editable and not edit.changes and not {"failed", "skipped"} & set(edit.info):
+                raise RuntimeError(f"{self.editor.name} left the model unchanged at {request.id}")
+            self.store.put(state, edit.to_bytes())
+
+
+# What workers do -----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _loaded(model: str, statistics: tuple) -> tuple:
+    """(LM, second moments) of the model that a worker is at."""
+    import torch
+
+    from kedit import models
+    from kedit.keys import Statistics
+
+    lm = models.load(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    return lm, Statistics(lm, **dict(statistics))
+
+
+def _trajectory(params: "Params", model: str, position: int, order: int, folder: Path) -> Trajectory:
+    lm, statistics = _loaded(model, tuple(params.statistics.items()))
+    return Trajectory(lm, params.methods[position], params.requests(order), statistics, Store(folder))
+
+
+def survey(params: "Params", model: str, folder: Path) -> tuple[dict[str, Any], dict[tuple[int, int], list[str]]]:
+    """What a manifest says of a model, with the ``memory`` a worker needs; and the states of each trajectory.
+
+    Trajectories are named by the method's position in ``params.methods`` and the order.
+    """
+    lm, _ = _loaded(model, tuple(params.statistics.items()))
+    places = [(position, order) for position in range(len(params.methods)) for order in params.orders]
+    states = {place: _trajectory(params, model, *place, folder).states for place in places}
+    begin = lm.tokenizer.convert_ids_to_tokens(lm.begin)
+    weights = sum(weight.numel() * weight.element_size() for weight in lm.model.parameters())
+    memory = 3 * weights + 1_500_000_000  # the weights, the original bits of what is edited, activations; libraries
+    return {"fingerprint": lm.fingerprint, "begin_token": begin, "memory": memory}, states
+
+
+def prepare(params: "Params", model: str, positions: Sequence[int], folder: Path) -> None:
+    """What methods need before their first edit: second moments for all in one pass, and training."""
+    editors = [_trajectory(params, model, position, params.orders[0], folder).editor for position in positions]
+    _, statistics = _loaded(model, tuple(params.statistics.items()))
+    statistics.prepare(sorted({layer for editor in editors for layer in editor.moments_of}))
+    for editor in editors:
+        editor.prepare()
+
+
+def advance(params: "Params", model: str, position: int, order: int, folder: Path) -> None:
+    """Make all edits of a trajectory."""
+    _trajectory(params, model, position, order, folder).advance(max(params.edits))
+
+
+def measure(
+    params: "Params",
+    model: str,
+    position: int,
+    order: int,
+    count: int,
+    keys: Mapping[str, tuple[str, str]],
+    folder: Path,
+) -> None:
+    """Compute cells of one checkpoint.
+
+    Args:
+        keys: for each benchmark the key of the cell and that of the unedited model's. What the unedited
+            model generated are the guesses that make generating cheaper, whichever worker does it.
+    """
+    from kedit import success
+    from kedit.evaluate import evaluate
+
+    trajectory = _trajectory(params, model, position, order, folder)
+    trajectory.advance(count)
+    lm, store = trajectory.lm, trajectory.store
+    for benchmark, (key, unedited) in keys.items():
+        guesses = store.get_json(unedited)["drafts"] if key != unedited else ()
+        lm.drafts = {tuple(prompt): tokens for prompt, tokens in guesses}
+        start = time.perf_counter()
+        if benchmark == "edit":  # the unedited model is asked about all edits to come, a checkpoint about those made
+            items = success.measure(lm, trajectory.requests[: count or None])
+        else:
+            items = evaluate(lm, benchmark, params.limit)
+        found = {"seconds": round(time.perf_counter() - start, 3), "items": items}
+        if key == unedited:
+            found["drafts"] = list(lm.drafts.items())
+        store.put_json(key, found)

@@ -1,0 +1,132 @@
+"""Worker processes: whole units of work side by side, one thread each.
+
+Editing a small model multiplies small matrices, where a second thread buys next to nothing, and one
+more process buys a whole core. And with one thread a process, results do not depend on the number of
+cores: the same bits on two cores and on sixty-four.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import kedit
+from kedit import KeditError
+
+log = logging.getLogger(__name__)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """One for each core; one on a machine with a GPU."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else cores()
+
+
+def threads() -> int:
+    """Threads of a worker: one, or every core where a GPU does the work and the CPU only solves."""
+    import torch
+
+    return cores() if torch.cuda.is_available() else 1
+
+
+def free_memory() -> int:
+    """Bytes of memory that could be used now; a machine that does not say is taken to have plenty."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 1 << 40
+    return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+
+
+@dataclass
+class Job:
+    """A function call for a worker, made once the jobs ``after`` which it comes are done."""
+
+    function: Callable[..., Any]
+    args: tuple
+    after: Sequence["Job"] = ()
+    future: Future | None = field(default=None, compare=False)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has run."""
+        return self.future is not None and self.future.done()
+
+
+def _begin(runs: Path, cache: Path, stop: Any) -> None:
+    """First thing in a worker."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    kedit.RUNS, kedit.CACHE = runs, cache
+    torch.set_num_threads(threads())
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "lm_eval", "gensim", "smart_open"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    parent = os.getppid()
+
+    def watch() -> None:
+        # a worker never outlives the run, however that ended; what it was at is made again by the next run
+        while os.getppid() == parent and not stop.is_set():
+            time.sleep(0.1)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def pool(workers: int) -> Iterator[Executor]:
+    """An executor of worker processes, all gone when the block is left, whatever they were at.
+
+    Raises:
+        KeditError: a worker was killed from outside, most often for want of memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    executor = ProcessPoolExecutor(workers, context, _begin, (kedit.RUNS, kedit.CACHE, stop))
+    try:
+        yield executor
+    except BrokenProcessPool as error:
+        raise KeditError(
+            "a worker process was killed, most often because memory ran out; run the same command again with "
+            f"WORKERS={max(1, workers - 1)}, it goes on where it was."
+        ) from error
+    finally:
+        stop.set()
+        executor.shutdown(cancel_futures=True)
+
+
+def execute(jobs: Sequence[Job], executor: Executor, at_once: int, tick: Callable[[], None]) -> None:
+    """Run jobs in their order as far as ``after`` allows, so many at once; ``tick`` is called now and then.
+
+    Raises:
+        Exception: what the first job to fail raised.
+    """
+    waiting, running = list(jobs), set()
+    while waiting or running:
+        ready = [job for job in waiting if all(before.done for before in job.after)]
+        for job in ready[: at_once - len(running)]:
+            job.future = executor.submit(job.function, *job.args)
+            waiting.remove(job)
+            running.add(job.future)
+        finished, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+        for future in finished:
+            future.result()
+        tick()
