@@ -24,12 +24,30 @@ from kedit.study import Results
 
 RESAMPLES = 2000
 LEVEL = 0.05
+EDITED = slice(1, None)
+"""All checkpoints but the unedited one."""
 MARGIN = 0.10
 """Scores within this of the unedited model's, or shares kept within this of one another, count as equal.
 
 Ten points: about what separates neighbouring model sizes on the study's benchmarks, and the smallest
 margin that forty to a hundred items can confirm.
 """
+
+
+ASPECTS = {
+    "knowledge": ("mmlu",),
+    "reasoning": ("bbh",),
+    "arithmetic": ("gsm8k",),
+    "commonsense": ("csqa",),
+    "recall": ("triviaqa",),
+}
+"""Aspects of ability (the study's Figure 5) and the benchmarks that show them, whatever the suite."""
+
+
+def aspect_of(benchmark: str) -> str | None:
+    """The aspect that a benchmark shows, by the last part of its name; None for the safety ones."""
+    last = benchmark.rpartition("_")[2]
+    return next((aspect for aspect, names in ASPECTS.items() if last in names), None)
 
 
 @dataclass
@@ -239,21 +257,22 @@ class Estimate:
         return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def kept(found: Sequence[Ability], last: bool = True) -> Estimate:
-    """Mean share kept over abilities, at the last checkpoint or over all edited ones."""
-    at = slice(-1, None) if last else slice(1, None)
+def kept(found: Sequence[Ability], at: int | slice = -1) -> Estimate:
+    """Mean share kept over abilities, at one checkpoint (the last) or over several."""
+    at = at if isinstance(at, slice) else [at]
     return Estimate(
         float(np.mean([ability.kept[at].mean() for ability in found])),
         np.mean([ability.kept_draws[:, at].mean(1) for ability in found], axis=0),
     )
 
 
-def contrast(found: Sequence[Ability], one: str, other: str, last: bool = False) -> pd.DataFrame:
+def contrast(found: Sequence[Ability], one: str, other: str) -> pd.DataFrame:
     """How much more of each ability does model ``other`` keep than model ``one``, under the same edits?
 
-    One row a method and benchmark that is off the floor for both, and one a method with all of these
-    pooled (benchmark "all"). Columns: method, benchmark, one, other, difference (``Estimate``), p, p_holm
-    (over the benchmarks of a method).
+    Means over all checkpoints, so it is the rate of decline that counts, not only its end. One row a
+    method and benchmark that is off the floor for both, and one a method with all of these pooled
+    (benchmark "all"). Columns: method, variant, benchmark, one, other, difference (``Estimate``), p,
+    p_holm (over the benchmarks of a method).
     """
     place = {(a.model, a.method, a.variant, a.benchmark): a for a in found if not a.floor}
     rows = []
@@ -268,7 +287,7 @@ def contrast(found: Sequence[Ability], one: str, other: str, last: bool = False)
             groups.append(("all", [a for a, _ in pairs], [b for _, b in pairs]))
         own = []
         for name, first, second in groups:
-            a, b = kept(first, last), kept(second, last)
+            a, b = kept(first, EDITED), kept(second, EDITED)
             row = {"method": method, "variant": variant, "benchmark": name, "one": a, "other": b, "difference": b - a}
             own.append(row | {"p": (b - a).p})
         if own:
@@ -278,12 +297,13 @@ def contrast(found: Sequence[Ability], one: str, other: str, last: bool = False)
     return pd.DataFrame(rows)
 
 
-def trend(found: Sequence[Ability], size: Callable[[str], float], last: bool = False) -> pd.DataFrame:
+def trend(found: Sequence[Ability], size: Callable[[str], float]) -> pd.DataFrame:
     """Does the share kept rise with the size of the model? One row a method.
 
-    The slope is that of the mean share kept, over the benchmarks that are off the floor for every
-    model, against log10 of the parameters (least squares over models). Columns: method, benchmarks,
-    kept (model -> ``Estimate``), slope (``Estimate``, per tenfold size; None without common benchmarks), p.
+    The slope is that of the mean share kept, over all checkpoints and over the benchmarks that are off
+    the floor for every model, against log10 of the parameters (least squares over models). Columns:
+    method, variant, benchmarks, kept (model -> ``Estimate``), slope (``Estimate``, per tenfold size; None
+    without common benchmarks), p.
     """
     rows = []
     models = sorted({a.model for a in found}, key=size)
@@ -297,7 +317,7 @@ def trend(found: Sequence[Ability], size: Callable[[str], float], last: bool = F
             if not any(a.floor for a in own if a.benchmark == name)
         ]
         by_model = {
-            model: kept([a for a in own if a.model == model and a.benchmark in common], last)
+            model: kept([a for a in own if a.model == model and a.benchmark in common], EDITED)
             for model in models
             if common
         }

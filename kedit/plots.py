@@ -1,15 +1,19 @@
 """Figures, drawn from the tidy table alone."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kedit import benchmarks
+from kedit import benchmarks, inference
+from kedit.inference import Ability, Estimate, aspect_of
 
 # A colour (Okabe and Ito's, which the colour-blind can tell apart), a marker and a dash for each method;
 # variations on one method share its colour.
@@ -154,6 +158,195 @@ def retention(kept: pd.DataFrame) -> Figure:
         ax.set_ylabel("still in place (reliability)")
         ax.set_ylim(-0.03, 1.03)
         _legend(figure, [spare], methods, lines=False)
+    plt.close(figure)
+    return figure
+
+
+def _frame(lines: int, columns: int, **settings: Any) -> tuple[Figure, Any]:
+    size = (2.6 * columns, 2.2 * lines)
+    return plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", **settings)
+
+
+def _kept_axis(ax: Axes, counts: Sequence[int]) -> None:
+    """Number of edits against the share kept; dashed at 1, the unedited model, dotted at 0, chance."""
+    _edit_axis(ax, list(counts))
+    ax.set_ylim(-0.28, 1.28)
+    ax.axhline(1, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
+    ax.axhline(0, color="black", linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
+
+
+def _kept_curve(ax: Axes, abilities: Sequence[Ability], color: str, marker: str, dash: str, label: str) -> None:
+    """Mean share kept of some abilities against the number of edits, with its 95% band."""
+    counts = abilities[0].edits
+    points = [inference.kept(abilities, at) for at in range(len(counts))]
+    low, high = np.transpose([point.interval for point in points])
+    ax.plot(
+        counts,
+        [p.value for p in points],
+        color=color,
+        marker=marker,
+        linestyle=dash,
+        markerfacecolor="white",
+        label=label,
+    )
+    ax.fill_between(counts, low, high, color=color, alpha=0.14, linewidth=0)
+
+
+def _forest(ax: Axes, names: Sequence[str], estimates: Sequence[Estimate], color: str, marker: str = "o") -> None:
+    """Numbers with their 95% intervals, one under the other; hollow where the interval holds 0."""
+    for place, estimate in enumerate(estimates):
+        low, high = estimate.interval
+        ax.plot([low, high], [place, place], color=color, linewidth=1.0)
+        face = "white" if low <= 0 <= high else color
+        ax.plot([estimate.value], [place], marker=marker, color=color, markerfacecolor=face, linestyle="none")
+    ax.axvline(0, color="black", linewidth=0.8, zorder=1.5)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+
+
+def rq2(found: Sequence[Ability], base: str, tuned: str) -> Figure:
+    """Figure RQ2: share kept by the base and the tuned model, and the difference for each benchmark.
+
+    One column a method. Above: mean over the benchmarks that are off the floor for both. Below: how much
+    more the tuned model keeps, mean over checkpoints; above 0 it is the more robust.
+    """
+    table = inference.contrast(found, base, tuned)
+    methods = list(dict.fromkeys(table.method))
+    with plt.rc_context(RC):
+        figure, axes = _frame(2, len(methods) + 1)
+        for column, method in enumerate(methods):
+            color, marker, _ = STYLES.get(method, UNKNOWN)
+            rows = table[table.method == method]
+            common = set(rows.benchmark)
+            top, below = axes[:, column]
+            for model, dash, name in ((base, "-", "base"), (tuned, "--", "instruction-tuned")):
+                own = [a for a in found if (a.model, a.method) == (model, method) and a.benchmark in common]
+                _kept_curve(top, own, color, marker, dash, name)
+            _kept_axis(top, own[0].edits)
+            top.set_title(label_of(method))
+            top.set_xlabel("sequential edits")
+            _forest(below, list(rows.benchmark), list(rows.difference), color, marker)
+            below.set_xlabel("tuned keeps more by")
+            if column:
+                below.set_yticklabels([])
+        axes[0, 0].set_ylabel("share kept")
+        handles = [
+            Line2D([], [], color="black", linestyle=dash, label=name)
+            for dash, name in (("-", "base"), ("--", "instruction-tuned"))
+        ]
+        handles += [Line2D([], [], color="black", linewidth=0.8, linestyle=(0, (1, 2)), label="chance")]
+        axes[1, -1].set_axis_off()
+        axes[0, -1].set_axis_off()
+        axes[0, -1].legend(handles=handles, loc="center left", handlelength=2.6, fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+def rq3(found: Sequence[Ability], size: Callable[[str], float]) -> Figure:
+    """Figure RQ3: one row a method, one column a benchmark, one curve a model size; last, the trend with size."""
+    models = sorted({a.model for a in found}, key=size)
+    shades = dict(zip(models, plt.get_cmap("viridis_r")(np.linspace(0.12, 0.95, len(models))), strict=True))
+    table = inference.trend(found, size).set_index("method")
+    benchmarks_ = list(dict.fromkeys(a.benchmark for a in found))
+    with plt.rc_context(RC):
+        figure, axes = _frame(len(table), len(benchmarks_) + 1)
+        for line, method in zip(axes, table.index, strict=True):
+            for ax, name in zip(line, benchmarks_, strict=False):
+                own = {a.model: a for a in found if (a.method, a.benchmark) == (method, name)}
+                for model in models:
+                    if not own[model].floor:
+                        _kept_curve(ax, [own[model]], shades[model], "o", "-", model)
+                floors = sum(a.floor for a in own.values())
+                ax.set_title(name + (f"  [{floors} at the floor]" if floors else ""))
+                _kept_axis(ax, own[models[0]].edits)
+            line[0].set_ylabel(f"{label_of(method)}: share kept")
+            _trend(line[-1], table.loc[method], size, shades, STYLES.get(method, UNKNOWN)[0])
+        for ax in axes[-1, :-1]:
+            ax.set_xlabel("sequential edits")
+        axes[-1, -1].set_xlabel("parameters")
+        handles = [
+            Line2D([], [], color=shades[model], marker="o", markerfacecolor="white", label=model) for model in models
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncol=len(models), fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+def _trend(ax: Axes, row: pd.Series, size: Callable[[str], float], shades: Mapping[str, Any], color: str) -> None:
+    ax.set_title("mean against size")
+    ax.set_xscale("log")
+    ax.set_ylim(-0.28, 1.28)
+    if row.slope is None:
+        ax.text(0.5, 0.5, "no benchmark off the floor\nat every size", ha="center", transform=ax.transAxes)
+        return
+    for model, estimate in row.kept.items():
+        ax.errorbar(size(model), estimate.value, np.abs(np.subtract(estimate.interval, estimate.value))[:, None],
+                    color=shades[model], marker="o", markerfacecolor="white", linewidth=1.0)  # fmt: skip
+    x = np.log10([size(model) for model in row.kept])
+    middle = np.mean([estimate.value for estimate in row.kept.values()])
+    ax.plot(10**x, middle + row.slope.value * (x - x.mean()), color=color, linewidth=1.0, zorder=1.4)
+    ax.text(0.03, 0.03, f"slope {row.slope}", transform=ax.transAxes, fontsize=7)
+    ax.minorticks_off()
+
+
+def rq4(found: Sequence[Ability]) -> Figure:
+    """Figure RQ4: share of each aspect of ability that is kept at the last checkpoint, by method."""
+    aspects: dict[str, list[Ability]] = {}
+    for ability in found:
+        if (aspect := aspect_of(ability.benchmark)) and not ability.floor:
+            aspects.setdefault(aspect, []).append(ability)
+    methods = list(dict.fromkeys(a.method for own in aspects.values() for a in own))
+    with plt.rc_context(RC):
+        figure, ((ax, spare),) = plt.subplots(
+            1, 2, figsize=(8.8, 3.2), width_ratios=(4, 1), squeeze=False, layout="constrained"
+        )
+        for place, own in enumerate(aspects.values()):
+            for index, method in enumerate(methods):
+                estimate = inference.kept([a for a in own if a.method == method])
+                color, marker, _ = STYLES.get(method, UNKNOWN)
+                where = place + 0.7 * ((index + 0.5) / len(methods) - 0.5)
+                ax.vlines(where, *estimate.interval, color=color, linewidth=1.0)
+                ax.plot(where, estimate.value, color=color, marker=marker, markerfacecolor="white", linestyle="none")
+            ax.axvspan(place - 0.45, place + 0.45, color="#f4f4f4", zorder=0)
+        ax.axhline(1, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
+        ax.axhline(0, color="black", linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
+        ax.set_xticks(
+            range(len(aspects)),
+            [f"{a}\n({', '.join(dict.fromkeys(x.benchmark for x in own))})" for a, own in aspects.items()],
+        )
+        ax.grid(visible=False, axis="x")
+        ax.set_ylabel(f"share kept after {found[0].edits[-1]} edits")
+        _legend(figure, [spare], methods)
+    plt.close(figure)
+    return figure
+
+
+def rq5(curves: pd.DataFrame, names: Sequence[str], measures: pd.DataFrame) -> Figure:
+    """Figure RQ5: the safety benchmarks, and what lies behind their scores.
+
+    Args:
+        curves: ``stats.curves``.
+        measures: ``stats.safety``: method, edits, measure, value, ci_low, ci_high.
+    """
+    shown = list(dict.fromkeys(measures.measure))
+    panels = len(names) + len(shown)
+    columns = min(4, panels + 1)
+    lines = -(-(panels + 1) // columns)
+    with plt.rc_context(RC):
+        figure, axes = _frame(lines, columns)
+        flat = list(axes.flat)
+        for ax, name in zip(flat, names, strict=False):
+            ability_panel(ax, curves[curves.benchmark == name], name)
+        for ax, measure in zip(flat[len(names) :], shown, strict=False):
+            rows = measures[measures.measure == measure]
+            _curves(ax, rows)
+            ax.set_title(measure)
+            _edit_axis(ax, sorted(rows.edits.unique()))
+        for ax in flat[max(0, panels - columns) : panels]:
+            ax.set_xlabel("sequential edits")
+        for line in axes:
+            line[0].set_ylabel("score or share")
+        _legend(figure, flat[panels:], list(dict.fromkeys(curves.method)))
     plt.close(figure)
     return figure
 

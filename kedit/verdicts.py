@@ -12,17 +12,8 @@ from itertools import combinations
 from statsmodels.stats.multitest import multipletests
 
 from kedit import inference
-from kedit.inference import LEVEL, MARGIN, Ability, Estimate
+from kedit.inference import LEVEL, MARGIN, Ability, Estimate, aspect_of
 from kedit.plots import label_of
-
-ASPECTS = {
-    "knowledge": ("mmlu",),
-    "reasoning": ("bbh",),
-    "arithmetic": ("gsm8k",),
-    "commonsense": ("csqa",),
-    "recall": ("triviaqa",),
-}
-"""Aspects of ability (the study's Figure 5) and the benchmarks that show them, whatever the suite."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +30,6 @@ class Verdict:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if names else "none"
-
-
-def aspect_of(benchmark: str) -> str | None:
-    """The aspect that a benchmark shows, by the last part of its name; None for the safety ones."""
-    last = benchmark.rpartition("_")[2]
-    return next((aspect for aspect, names in ASPECTS.items() if last in names), None)
 
 
 def number_of_edits(found: Sequence[Ability]) -> Verdict:
