@@ -26,10 +26,10 @@ def _notebook(args: argparse.Namespace) -> None:
     import yaml
     from traitlets.config import Config
 
-    from kedit.study import Params
+    from kedit.study import QUESTIONS, Params
 
     params = Params.read(args.params)
-    (notebook,) = (kedit.ROOT / "notebooks").glob(f"{params.rq}_*.ipynb")
+    notebook = kedit.ROOT / "notebooks" / f"{QUESTIONS[params.rq]}.ipynb"
     executed = kedit.RUNS / params.rq / params.name / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
     config = Config()
@@ -48,8 +48,15 @@ def _notebook(args: argparse.Namespace) -> None:
         print("made", os.path.relpath(path, kedit.ROOT))
 
 
+def parameter_files() -> list[Path]:
+    """Every committed parameter file of a run, question by question."""
+    from kedit.study import QUESTIONS
+
+    return [path for rq in QUESTIONS for path in sorted((kedit.ROOT / "params" / rq).glob("*.yaml"))]
+
+
 def _list(args: argparse.Namespace) -> None:
-    for path in sorted((kedit.ROOT / "params").glob("rq*/*.yaml")):
+    for path in parameter_files():
         first = path.read_text().splitlines()[0].lstrip("# ")
         print(f"make {path.parent.name} PARAMS={path.stem:<16} {first}")
 

@@ -111,7 +111,10 @@ def _weights(count: int, what: str) -> np.ndarray:
 
 
 def abilities(results: Results, edits: Iterable[int] | None = None) -> list[Ability]:
-    """Every benchmark of every method but the control, at all checkpoints or at some."""
+    """Every benchmark of every method but the control, at all checkpoints or at some.
+
+    Where refusals were measured they are an ability too: the share of harmful requests refused.
+    """
     params = results.params
     counts = [0, *(n for n in params.edits if n and (edits is None or n in set(edits)))]
     cells = {
@@ -124,16 +127,22 @@ def abilities(results: Results, edits: Iterable[int] | None = None) -> list[Abil
     found = []
     for model in params.models:
         for method in params.methods:
-            for benchmark in params.benchmarks if method.method != "control" else ():
+            for benchmark in names if method.method != "control" else ():
                 base = np.array(cells[model, None, None, None, 0, benchmark])
                 values = [[base] * len(params.orders)] + [
                     [cells[model, method.method, method.variant, order, n, benchmark] for order in params.orders]
                     for n in counts[1:]
                 ]
-                chance = benchmarks.metadata(benchmark)["chance"]
+                chance = 0.0 if benchmark == "refusal" else benchmarks.metadata(benchmark)["chance"]
                 place = (model, method.method, method.variant, benchmark, chance)
                 found.append(Ability(*place, counts, base, np.array(values, float)))
     return found
+
+
+def _values(cell: dict) -> list[float]:
+    if cell["benchmark"] == "refusal":
+        return [float(item["refused"]) for item in cell["items"] if item["harmful"]]
+    return [item.get("value", math.nan) for item in cell["items"]]
 
 
 # One ability ---------------------------------------------------------------------------------------
@@ -329,3 +338,12 @@ def trend(found: Sequence[Ability], size: Callable[[str], float]) -> pd.DataFram
         row = {"method": method, "variant": variant, "benchmarks": common, "kept": by_model, "slope": slope}
         rows.append(row | {"p": slope.p if slope else math.nan})
     return pd.DataFrame(rows)
+
+
+def by_aspect(found: Sequence[Ability]) -> dict[str, Estimate]:
+    """Share of each aspect kept at the last checkpoint, mean over methods and benchmarks off the floor."""
+    groups: dict[str, list[Ability]] = {}
+    for ability in found:
+        if (aspect := aspect_of(ability.benchmark)) and not ability.floor:
+            groups.setdefault(aspect, []).append(ability)
+    return {aspect: kept(own) for aspect, own in groups.items()}

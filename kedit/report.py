@@ -1,13 +1,16 @@
 """From results to what people see: the files under figures/, the tables in notebooks and README."""
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 import kedit
-from kedit import plots, stats
+from kedit import plots, safety, stats
+from kedit.inference import Ability, abilities, by_aspect, effects
 from kedit.single import editing_table
 from kedit.store import write_atomic
 from kedit.study import Params, Results
@@ -25,15 +28,36 @@ def publish(results: Results) -> list[Path]:
     folder = folder_of(results.params)
     table = stats.table(results).to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_atomic(folder / "table.csv", table.encode())
-    figure = plots.rq1(stats.curves(results), results.params.benchmarks)
-    made = plots.save(figure, folder) + plots.save(plots.retention(stats.retention(results)), folder, "retention")
+    made = [path for name, figure in figures(results).items() for path in plots.save(figure, folder, name)]
     return [*made, folder / "table.csv", *results.save(folder)]
+
+
+def figures(results: Results) -> dict[str, Figure]:
+    """The figures of a run's question, by file name."""
+    params = results.params
+    if params.rq == "rq2":
+        return {"figure": plots.rq2(abilities(results), *params.models)}
+    if params.rq == "rq3":
+        return {"figure": plots.rq3(abilities(results), size_of(results))}
+    if params.rq == "rq4":
+        return {"figure": plots.rq4(abilities(results))}
+    if params.rq == "rq5":
+        return {"figure": plots.rq5(stats.curves(results), params.benchmarks, safety.over_edits(results))}
+    if params.rq == "discussion":
+        return {"figure": plots.damage(stats.checkpoints(results))}
+    kept = plots.retention(stats.retention(results))
+    return {"figure": plots.rq1(stats.curves(results), params.benchmarks), "retention": kept}
+
+
+def size_of(results: Results) -> Callable[[str], float]:
+    """Parameters of each of the run's models, by name."""
+    return {model: about["parameters"] for model, about in results.manifest["models"].items()}.get
 
 
 def redraw() -> list[Path]:
     """Redraw every committed figure and table from its committed cells."""
     made = []
-    for cells in sorted((kedit.ROOT / "figures").glob("rq*/*/cells.jsonl.gz")):
+    for cells in sorted((kedit.ROOT / "figures").glob("*/*/cells.jsonl.gz")):
         name, rq = cells.parent.name, cells.parent.parent.name
         made += publish(Results.load(Params.read(kedit.ROOT / "params" / rq / f"{name}.yaml"), cells.parent))
     return made
@@ -130,6 +154,138 @@ def verdict(curves: pd.DataFrame) -> str:
             told + " (95% intervals of the paired difference exclude 0, not corrected for the number of panels)."
         )
     return "\n".join(lines)
+
+
+# Tables of the inference ------------------------------------------------------------------------------
+
+
+def _shown(value: float, low: float, high: float) -> str:
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]" if math.isfinite(low) else f"{value:.2f}"
+
+
+def _count(edits: float) -> str:
+    return "-" if math.isnan(edits) else "never" if math.isinf(edits) else f"{edits:.0f}"
+
+
+def _p(value: float) -> str:
+    return "-" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def effects_table(found: Sequence[Ability]) -> pd.DataFrame:
+    """What became of each ability at the last checkpoint (``inference.effects``), to be read."""
+    rows = [
+        {
+            "model": row.model,
+            "method": plots.label_of(row.method),
+            "benchmark": row.benchmark,
+            "unedited": f"{row.base:.2f}",
+            f"after {row.edits}": f"{row.score:.2f}",
+            "share kept": "-" if row.effect == "floor" else _shown(row.kept, row.kept_low, row.kept_high),
+            "p (Holm)": _p(row.p_holm),
+            "effect": row.effect,
+            "collapse": f"{_count(row.collapse)} [{_count(row.collapse_low)}, {_count(row.collapse_high)}]"
+            if row.effect != "floor"
+            else "-",
+        }
+        for row in effects(found).itertuples()
+    ]
+    frame = pd.DataFrame(rows)
+    keys = (["model"] if frame.model.nunique() > 1 else []) + ["method", "benchmark"]
+    return frame.drop(columns=["model"] if len(keys) == 2 else []).set_index(keys)
+
+
+def success_by_model(curves: pd.DataFrame) -> pd.DataFrame:
+    """Edit success at the last checkpoint for each model and method."""
+    rows = curves[
+        (curves.benchmark == "edit") & (curves.edits == curves.edits.max()) & (curves.method != "control")
+    ].copy()
+    rows["shown"] = rows.apply(_interval, axis=1, args=("value", "ci_low", "ci_high"))
+    order = [metric for metric in dict.fromkeys(rows.metric) if not metric.endswith("_generated")]
+    return rows.pivot(index=["method", "model"], columns="metric", values="shown")[order]
+
+
+def contrast_table(table: pd.DataFrame) -> pd.DataFrame:
+    """``inference.contrast`` to be read."""
+    shown = table.assign(
+        method=table.method.map(plots.label_of),
+        base=table.one.map(str),
+        tuned=table.other.map(str),
+        difference=table.difference.map(str),
+    )
+    shown["p (Holm)"] = table.p_holm.map(_p)
+    return shown.set_index(["method", "benchmark"])[["base", "tuned", "difference", "p (Holm)"]]
+
+
+def floor_table(found: Sequence[Ability]) -> pd.DataFrame:
+    """Unedited scores by benchmark and model, with their distance from chance in standard errors."""
+    shown: dict[str, dict[str, str]] = {}
+    for ability in found:
+        distance = stats.off_chance(ability.base, ability.chance)
+        mark = " floor" if ability.floor else ""
+        shown.setdefault(ability.benchmark, {"chance": f"{ability.chance:.2f}"})[ability.model] = (
+            f"{ability.base.mean():.2f} ({distance:+.0f}){mark}"
+        )
+    return pd.DataFrame(shown).T
+
+
+def trend_table(table: pd.DataFrame) -> pd.DataFrame:
+    """``inference.trend`` to be read: share kept by each size, and the slope a tenfold size."""
+    rows = [
+        {"method": plots.label_of(row.method)}
+        | {model: str(estimate) for model, estimate in row.kept.items()}
+        | {"slope": str(row.slope or "-"), "p": _p(row.p), "benchmarks": len(row.benchmarks)}
+        for row in table.itertuples()
+    ]
+    return pd.DataFrame(rows).set_index("method")
+
+
+def aspect_table(found: Sequence[Ability]) -> pd.DataFrame:
+    """Share kept of each aspect under each method at the last checkpoint."""
+    methods = list(dict.fromkeys(ability.method for ability in found))
+    rows = {
+        plots.label_of(method): {
+            aspect: str(estimate) for aspect, estimate in by_aspect([a for a in found if a.method == method]).items()
+        }
+        for method in methods
+    }
+    return pd.DataFrame(rows).T
+
+
+def safety_table(measures: pd.DataFrame) -> pd.DataFrame:
+    """``safety.over_edits`` to be read: each measure unedited and by method at the last checkpoint."""
+    last = measures[measures.edits == measures.edits.max()].copy()
+    last["shown"] = last.apply(_interval, axis=1, args=("value", "ci_low", "ci_high"))
+    base = measures[measures.edits == 0].drop_duplicates("measure").set_index("measure")
+    table = last.pivot(index="measure", columns="method", values="shown")
+    table = table.reindex(index=list(dict.fromkeys(last.measure)), columns=list(dict.fromkeys(last.method)))
+    table.insert(0, "unedited", base.apply(_interval, axis=1, args=("value", "ci_low", "ci_high")))
+    return table
+
+
+def predictors_table(table: pd.DataFrame) -> pd.DataFrame:
+    """``stats.predictors`` to be read."""
+    shown = pd.DataFrame({"measure": table.measure})
+    shown["rho"] = [_shown(*values) for values in table[["rho", "rho_low", "rho_high"]].to_numpy()]
+    shown["alarm at"] = table.threshold
+    shown["before"] = [f"{before} of {fallen}" for before, fallen in zip(table.before, table.collapsed, strict=True)]
+    shown["lead"] = table.lead.map(lambda lead: "-" if math.isnan(lead) else f"{lead:.0f}")
+    shown["false alarms"] = table.false_alarms
+    return shown.set_index("measure")
+
+
+def damage_verdict(table: pd.DataFrame) -> str:
+    """One sentence from ``stats.predictors``: which measures go with the loss of ability, and which comes first."""
+    with_it = table[table.rho_high < 0]
+    if not len(with_it):
+        return "INCONCLUSIVE: no measure's rank correlation with the ability kept excludes 0."
+    told = ", ".join(f"{row.measure} ({_shown(row.rho, row.rho_low, row.rho_high)})" for row in with_it.itertuples())
+    first = with_it.sort_values(["before", "rho"], ascending=[False, True], kind="stable").iloc[0]
+    when = (
+        f"earliest is {first.measure}, before {first.before} of {first.collapsed} collapses"
+        if first.before
+        else f"none gives the alarm at a checkpoint before any of the {first.collapsed} collapses"
+    )
+    return f"{len(with_it)} of {len(table)} measures fall with the ability (rank correlation): {told}; {when}."
 
 
 # The README's tables ---------------------------------------------------------------------------------

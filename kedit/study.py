@@ -29,6 +29,17 @@ from kedit.workers import Job, cores, default_workers, execute, free_memory, poo
 log = logging.getLogger(__name__)
 
 
+QUESTIONS = {
+    "rq1": "rq1_number_of_edits",
+    "rq2": "rq2_instruction_tuning",
+    "rq3": "rq3_model_scale",
+    "rq4": "rq4_ability_aspects",
+    "rq5": "rq5_safety",
+    "discussion": "structure_damage",
+}
+"""Folder of parameters and figures -> the question's notebook."""
+
+
 # Parameters ---------------------------------------------------------------------------------------
 
 
@@ -51,6 +62,7 @@ class Params:
     methods: list[Method]
     edits: list[int]
     benchmarks: list[str]
+    measures: list[str] = field(default_factory=list)
     edit_set: Mapping[str, Any] = field(default_factory=lambda: {"name": "bundled", "split": "edit"})
     orders: list[int] = field(default_factory=lambda: [0])
     limit: int | None = None
@@ -94,7 +106,7 @@ class Params:
             for number in values.get(key, ()):
                 if not isinstance(number, int) or isinstance(number, bool) or number < 0:
                     raise KeditError(f"{where}: {key} holds {number!r}; use whole numbers from 0 up.")
-        for key in ("models", "edits", "benchmarks", "orders"):
+        for key in ("models", "edits", "benchmarks", "measures", "orders"):
             if len(set(map(str, values.get(key, ())))) < len(values.get(key, ())):
                 raise KeditError(f"{where}: {key} names something twice; list each once.")
         limit = values.get("limit")
@@ -105,6 +117,12 @@ class Params:
                 raise KeditError(
                     f"{where}: benchmarks names {name_!r}, which does not exist; use some of "
                     f"{', '.join(benchmarks.KNOWN)}."
+                )
+        for name_ in values.get("measures", ()):
+            if name_ not in trajectory.MEASURES:
+                raise KeditError(
+                    f"{where}: measures names {name_!r}, which does not exist; use some of "
+                    f"{', '.join(trajectory.MEASURES)}."
                 )
         values = dict(values)
         values["methods"] = [_method(entry, values["models"], where) for entry in values["methods"]]
@@ -134,6 +152,11 @@ class Params:
         if wanted > len(records):
             raise KeditError(f"{where}: edits asks for {wanted}, but the edit set holds {len(records)} records.")
         return facts.ordered(records, order)[:wanted]
+
+    @property
+    def asked(self) -> list[str]:
+        """Everything that is asked at a checkpoint: edit success, the benchmarks, other measures."""
+        return ["edit", *self.benchmarks, *self.measures]
 
     @property
     def edit_set_name(self) -> str:
@@ -321,13 +344,15 @@ def _units(params: Params, model: str, states: Mapping[tuple[int, int], list[str
         def key(state: str, benchmark: str, count: int, asked: list = asked) -> str:
             if benchmark == "edit":
                 return digest("cell", state, "edit", asked[: count or None])
+            if benchmark in params.measures:
+                return digest("cell", state, benchmark, trajectory.MEASURES[benchmark], params.statistics)
             return digest("cell", state, benchmark, benchmarks.fingerprint(benchmark), params.limit)
 
         for position, method in enumerate(params.methods):
             own = states[position, order]
             where = {"model": model, "method": method.method, "variant": method.variant, "order": order}
             for count in params.edits:
-                for benchmark in ("edit", *params.benchmarks):
+                for benchmark in params.asked:
                     at = where
                     if count == 0:  # what the unedited model does is kept once
                         if position or (index and benchmark != "edit"):
@@ -397,8 +422,8 @@ def _planned(params: Params) -> dict[str, int]:
     for method in params.methods:
         planned[f"edit by {method.method}"] += max(params.edits) * orders * models
     checkpoints = len(params.methods) * orders * sum(1 for count in params.edits if count)
-    unedited = len(params.benchmarks) + orders
-    return planned | {"cell": models * (checkpoints * (len(params.benchmarks) + 1) + unedited)}
+    unedited = len(params.asked) - 1 + orders
+    return planned | {"cell": models * (checkpoints * len(params.asked) + unedited)}
 
 
 def run(params: Params, store: Store | None = None, workers: int | None = None) -> Results:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MEASURES = {"structure": 1, "refusal": 1}
+"""What can be measured at a checkpoint besides edit success and benchmarks, each with the version of its definition."""
+
 
 class Trajectory:
     """One model edited by one method in one order, brought to any checkpoint on demand.
@@ -89,10 +92,12 @@ def survey(params: "Params", model: str, folder: Path) -> tuple[dict[str, Any], 
     lm, _ = _loaded(model, tuple(params.statistics.items()))
     places = [(position, order) for position in range(len(params.methods)) for order in params.orders]
     states = {place: _trajectory(params, model, *place, folder).states for place in places}
+    parameters = sum(weight.numel() for weight in lm.model.parameters())
     begin = lm.tokenizer.convert_ids_to_tokens(lm.begin)
     weights = sum(weight.numel() * weight.element_size() for weight in lm.model.parameters())
     memory = 3 * weights + 1_500_000_000  # the weights, the original bits of what is edited, activations; libraries
-    return {"fingerprint": lm.fingerprint, "begin_token": begin, "memory": memory}, states
+    about = {"fingerprint": lm.fingerprint, "parameters": parameters, "begin_token": begin, "memory": memory}
+    return about, states
 
 
 def prepare(params: "Params", model: str, positions: Sequence[int], folder: Path) -> None:
@@ -124,7 +129,7 @@ def measure(
         keys: for each benchmark the key of the cell and that of the unedited model's. What the unedited
             model generated are the guesses that make generating cheaper, whichever worker does it.
     """
-    from kedit import success
+    from kedit import damage, safety, success
     from kedit.evaluate import evaluate
 
     trajectory = _trajectory(params, model, position, order, folder)
@@ -136,6 +141,10 @@ def measure(
         start = time.perf_counter()
         if benchmark == "edit":  # the unedited model is asked about all edits to come, a checkpoint about those made
             items = success.measure(lm, trajectory.requests[: count or None])
+        elif benchmark == "structure":
+            items = damage.measure(lm, params.statistics["text"], skip=params.statistics["tokens"])
+        elif benchmark == "refusal":
+            items = safety.refusals(lm)
         else:
             items = evaluate(lm, benchmark, params.limit)
         found = {"seconds": round(time.perf_counter() - start, 3), "items": items}

@@ -12,7 +12,7 @@ from itertools import combinations
 from statsmodels.stats.multitest import multipletests
 
 from kedit import inference
-from kedit.inference import LEVEL, MARGIN, Ability, Estimate, aspect_of
+from kedit.inference import LEVEL, MARGIN, Ability, by_aspect
 from kedit.plots import label_of
 
 
@@ -111,15 +111,6 @@ def model_scale(found: Sequence[Ability], size: Callable[[str], float]) -> Verdi
         for row in table.itertuples()
     )
     return Verdict(claim, _word(len(rising), len(falling)), f"Slope of the share kept: {told}.")
-
-
-def by_aspect(found: Sequence[Ability]) -> dict[str, Estimate]:
-    """Share of each aspect kept at the last checkpoint, mean over methods and benchmarks off the floor."""
-    groups: dict[str, list[Ability]] = {}
-    for ability in found:
-        if (aspect := aspect_of(ability.benchmark)) and not ability.floor:
-            groups.setdefault(aspect, []).append(ability)
-    return {aspect: inference.kept(own) for aspect, own in groups.items()}
 
 
 def ability_aspects(found: Sequence[Ability]) -> Verdict:

@@ -13,7 +13,7 @@ import yaml
 
 import kedit
 from kedit import KeditError, stats
-from kedit.__main__ import main
+from kedit.__main__ import main, parameter_files
 from kedit.study import Params, Results, run
 
 TEXT = "The capital of France is Paris, and the movie was directed by the writer of the country. "
@@ -182,7 +182,7 @@ def test_missing_keys_and_files_are_one_sentence(grid, tmp_path, capsys):
 
 
 def test_every_committed_parameter_file_is_valid():
-    paths = sorted((kedit.ROOT / "params").glob("rq*/*.yaml"))
+    paths = parameter_files()
     assert paths
     for path in paths:
         Params.read(path)
