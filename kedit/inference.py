@@ -7,7 +7,7 @@ what the unedited model had above chance.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from zlib import crc32
@@ -110,20 +110,15 @@ def _weights(count: int, what: str) -> np.ndarray:
     return generator.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
 
 
-def abilities(results: Results, edits: Iterable[int] | None = None) -> list[Ability]:
-    """Every benchmark of every method but the control, at all checkpoints or at some.
+def abilities(results: Results) -> list[Ability]:
+    """Every benchmark of every method but the control.
 
     Where refusals were measured they are an ability too: the share of harmful requests refused.
     """
     params = results.params
-    counts = [0, *(n for n in params.edits if n and (edits is None or n in set(edits)))]
-    cells = {
-        (c["model"], c["method"], c["variant"], c["order"], c["edits"], c["benchmark"]): [
-            i["value"] for i in c["items"]
-        ]
-        for c in results.cells
-        if c["benchmark"] in params.benchmarks
-    }
+    axes = ("model", "method", "variant", "order", "edits", "benchmark")
+    cells = {tuple(cell[axis] for axis in axes): _values(cell) for cell in results.cells}
+    names = [*params.benchmarks, *(name for name in params.measures if name == "refusal")]
     found = []
     for model in params.models:
         for method in params.methods:
@@ -131,11 +126,11 @@ def abilities(results: Results, edits: Iterable[int] | None = None) -> list[Abil
                 base = np.array(cells[model, None, None, None, 0, benchmark])
                 values = [[base] * len(params.orders)] + [
                     [cells[model, method.method, method.variant, order, n, benchmark] for order in params.orders]
-                    for n in counts[1:]
+                    for n in params.edits[1:]
                 ]
                 chance = 0.0 if benchmark == "refusal" else benchmarks.metadata(benchmark)["chance"]
                 place = (model, method.method, method.variant, benchmark, chance)
-                found.append(Ability(*place, counts, base, np.array(values, float)))
+                found.append(Ability(*place, params.edits, base, np.array(values, float)))
     return found
 
 
