@@ -187,18 +187,21 @@ def save(figure: Figure, folder: Path, name: str = "figure") -> list[Path]:
     return [png, pdf]
 
 
-# measure of stats.MEASURES -> (title, whether its axis is logarithmic)
+# measure of stats.MEASURES -> (title, its axis). Ratios are drawn on logarithmic axes; distances on axes that are
+# linear up to 0.01, so that no damage at all has its place on them.
 DAMAGE = {
-    "kept": ("ability kept", False),
-    "relative": ("weights: |dW| / |W|", False),
-    "spectral": ("spectral norm, ratio", True),
-    "condition": ("condition number, ratio", True),
-    "cosine": ("states: cosine distance", False),
-    "l2": ("states: relative distance", False),
-    "perplexity": ("perplexity, ratio", True),
-    "entropy": ("entropy, change (nats)", False),
-    "kl": ("KL from unedited (nats)", False),
+    "kept": ("ability kept", "linear"),
+    "relative": ("weights: |dW| / |W|", "symlog"),
+    "spectral": ("spectral norm, ratio", "log"),
+    "condition": ("condition number, ratio", "log"),
+    "cosine": ("states: cosine distance", "symlog"),
+    "l2": ("states: relative distance", "symlog"),
+    "perplexity": ("perplexity, ratio", "log"),
+    "entropy": ("entropy, change (nats)", "symlog"),
+    "kl": ("KL from unedited (nats)", "symlog"),
 }
+BROKEN = 1000.0
+"""Where the axes of damage end; a curve that leaves its panel is beyond it."""
 
 
 def damage(checkpoints: pd.DataFrame, alarms: dict[str, float] | None = None) -> Figure:
@@ -219,7 +222,7 @@ def damage(checkpoints: pd.DataFrame, alarms: dict[str, float] | None = None) ->
         )
         flat = list(axes.flat)
         for ax, name in zip(flat, shown, strict=False):
-            title, logarithmic = DAMAGE[name]
+            title, scale = DAMAGE[name]
             finite = checkpoints[name].where(checkpoints[name].abs() < float("inf"))
             for method in methods:
                 color, marker, dash = STYLES.get(method, UNKNOWN)
@@ -232,11 +235,10 @@ def damage(checkpoints: pd.DataFrame, alarms: dict[str, float] | None = None) ->
             _edit_axis(ax, sorted(checkpoints.edits.unique()))
             if name == "kept":
                 ax.set_ylim(min(-0.03, finite.min() - 0.03), max(1.03, finite.max() + 0.03))
-            else:
-                ax.set_ylim(auto=True)
-                ax.autoscale(axis="y")
-            if logarithmic:
-                ax.set_yscale("log")
+                continue
+            ax.set_yscale(scale, **({"linthresh": 0.01} if scale == "symlog" else {}))
+            ax.autoscale(axis="y")
+            ax.set_ylim(0 if scale == "symlog" else None, min(ax.get_ylim()[1], BROKEN))
         for ax in flat[max(0, len(shown) - columns) : len(shown)]:
             ax.set_xlabel("sequential edits")
         _legend(figure, flat[len(shown) :], methods, lines=False)

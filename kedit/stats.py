@@ -215,7 +215,7 @@ def damage(items: Sequence[dict[str, Any]]) -> dict[str, float]:
     for item in items:
         kinds[item["kind"]].append(item)
     found = {
-        name: max((item[name] for item in kinds["weight"]), default=MEASURES[name][0])
+        name: float(np.max([item[name] for item in kinds["weight"]] or MEASURES[name][0]))
         for name in ("relative", "spectral", "condition")
     }
     found |= {name: kinds["layer"][-1][name] for name in ("cosine", "l2")}
@@ -231,14 +231,36 @@ def damage(items: Sequence[dict[str, Any]]) -> dict[str, float]:
     return found | {"routed": float(np.mean([item["routed"] for item in kinds["text"]]))}
 
 
+def kept(rows: pd.DataFrame) -> pd.DataFrame:
+    """The ability score kept at each checkpoint: 1 all of what the unedited model has above chance, 0 none.
+
+    Args:
+        rows: of ``table`` or ``curves``.
+
+    Returns:
+        the columns of the place (model, method, variant, order, edits, as far as there) and ``kept``, the mean
+        over the benchmarks on which the unedited model is above chance by three standard errors; a
+        benchmark that failed has kept nothing.
+    """
+    place = [name for name in ("model", "method", "variant", "order", "edits") if name in rows]
+    rows = rows[(rows.benchmark != "edit") & (rows.status != "floor")].copy()
+    base = rows.value - rows.delta
+    rows["kept"] = (rows.value - rows.chance) / (base - rows.chance)
+    rows.loc[rows.status == "failed", "kept"] = 0.0
+    rows = rows[base > rows.chance]
+    return rows.groupby(place, sort=False, dropna=False).kept.mean().reset_index()
+
+
 def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
     """Which measure of damage predicts collapse, and how early?
 
     Args:
         checkpoints: one row a checkpoint: columns ``model``, ``method``, ``variant`` and ``order`` as far as
-            there (together a trajectory), ``edits``, ``kept`` (ability score kept: 1 all of what the unedited
-            model has above chance, 0 none) and any of ``MEASURES``. Checkpoints without edits are left out,
-            being the same in all trajectories by definition.
+            there (together a trajectory), ``edits``, ``kept`` (as ``kept`` finds it) and any of ``MEASURES``.
+            Checkpoints without edits and the control are left out, being unedited by definition. Damage is
+            cheaper than ability: ``kept`` may be missing where only damage was measured, and then helps to
+            see when a threshold is crossed (a lead is never longer than to the first checkpoint that shows
+            the collapse, which may have come before).
 
     Returns:
         one row a measure, the strongest first: ``rho``, Spearman's rank correlation with ``kept`` over all
@@ -250,13 +272,14 @@ def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
         checkpoint, negative after it). ``false_alarms``: trajectories that cross it and do not collapse.
     """
     place = [name for name in ("model", "method", "variant", "order") if name in checkpoints]
-    frame = checkpoints[checkpoints.edits > 0].sort_values("edits", kind="stable")
+    edited = (checkpoints.edits > 0) & (checkpoints.method != "control")
+    frame = checkpoints[edited].sort_values("edits", kind="stable")
     trajectories = [own for _, own in frame.groupby(place, sort=False, dropna=False)]
     rows = []
     for measure, (_, threshold) in MEASURES.items():
         if measure not in frame:
             continue
-        row = {"measure": measure, **_rank_correlation(trajectories, measure), "n": len(frame)}
+        row = {"measure": measure, **_rank_correlation(trajectories, measure), "n": int(frame.kept.count())}
         leads, collapsed, alarms = [], 0, 0
         for own in trajectories:
             fallen, crossed = own.edits[own.kept < COLLAPSED], own.edits[own[measure] >= threshold]
@@ -272,7 +295,7 @@ def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
 
 def _rank_correlation(trajectories: Sequence[pd.DataFrame], measure: str) -> dict[str, float]:
     """Spearman's rho of a measure and the ability kept, with its bootstrap interval over trajectories."""
-    pairs = [own[[measure, "kept"]].to_numpy(float) for own in trajectories]
+    pairs = [own[[measure, "kept"]].dropna().to_numpy(float) for own in trajectories]
 
     def rho(which: np.ndarray) -> float:
         ranks = scipy_stats.rankdata(np.concatenate([pairs[index] for index in which]), axis=0)

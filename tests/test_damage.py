@@ -64,6 +64,14 @@ def test_weights_of_a_rank_one_edit(lm, text):
     assert item["effective_rank"] == pytest.approx(1, abs=1e-5)
 
 
+def test_condition_numbers_of_a_matrix_blown_up():
+    """Beyond what a Gram matrix resolves."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator)).Q for _ in range(2))
+    values = torch.logspace(8, -2, 8, dtype=torch.float64)
+    assert singular_values(left * values @ right).tolist() == pytest.approx(values.tolist(), rel=1e-4)
+
+
 def test_effective_rank_counts_equal_directions():
     assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3)
     assert effective_rank(torch.zeros(4)) == 0

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import norm, spearmanr
 
-from kedit.stats import damage, predictors, summarise
+from kedit.stats import damage, kept, predictors, summarise
 
 
 def items(values, base, ids=None):
@@ -106,10 +106,10 @@ def test_retention_counts_the_edits_made_since():
     assert found.n.to_dict() == {"0": 2, "1-2": 2, "3-9": 2}
 
 
-def trajectory(method, kept, **measures):
+def trajectory(method, share, **measures):
     """A trajectory as a frame, at 0, 1, 10, 30 ... edits."""
-    edits = [0, 1, 10, 30, 100][: len(kept)]
-    return pd.DataFrame({"model": "m", "method": method, "order": 0, "edits": edits, "kept": kept, **measures})
+    edits = [0, 1, 10, 30, 100][: len(share)]
+    return pd.DataFrame({"model": "m", "method": method, "order": 0, "edits": edits, "kept": share, **measures})
 
 
 def test_damage_is_one_number_a_measure():
@@ -126,9 +126,30 @@ def test_damage_is_one_number_a_measure():
     assert (found["cosine"], found["l2"], found["routed"]) == (0.2, 0.3, 0.5)
     assert {name: found[name] for name in ("relative", "spectral", "condition")} == {
         "relative": 0, "spectral": 1, "condition": 1}  # fmt: skip
-    weights = [{"kind": "weight", "relative": x, "spectral": 1.0, "condition": math.nan} for x in (0.1, 0.4)]
+    weights = [
+        {"kind": "weight", "relative": x, "spectral": 1.0, "condition": 2.0 if x < 0.2 else math.nan}
+        for x in (0.4, 0.1)
+    ]
     worst = damage([*weights, *layers, *text])
     assert (worst["relative"], worst["condition"]) == (0.4, math.inf)
+
+
+def test_kept_is_the_share_above_chance_off_the_floor():
+    def row(benchmark, value, base, chance, status="ok", edits=5):
+        return {"model": "m", "method": "a", "variant": "default", "order": 0, "edits": edits, "benchmark": benchmark,
+                "value": value, "delta": value - base, "chance": chance, "status": status}  # fmt: skip
+
+    rows = [
+        row("mini_mmlu", 0.4, 0.65, 0.25),  # 0.15 of 0.4 left
+        row("mini_gsm8k", 0.6, 0.8, 0.0, "collapsed"),
+        row("mini_bbh", 0.1, 0.3, 0.25, "floor"),
+        row("mini_truthfulqa", 0.4, 0.3, 0.5),  # below chance from the start: nothing above it to keep
+        row("edit", 1.0, 0.0, math.nan),
+        row("mini_csqa", 0.5, 0.6, 0.2, "failed"),
+        row("mini_mmlu", 0.65, 0.65, 0.25, edits=0),
+    ]
+    found = kept(pd.DataFrame(rows)).set_index("edits").kept
+    assert found.to_dict() == pytest.approx({5: (0.375 + 0.75 + 0) / 3, 0: 1.0})
 
 
 def test_predictors_rank_and_lead():
@@ -143,6 +164,8 @@ def test_predictors_rank_and_lead():
         "c", [1, 1.0, 1.0, 0.99, 0.98], perplexity=[1] * 5, relative=[0, 0.01, 0.02, 0.3, 0.3], entropy=0.3
     )
     frame = pd.concat([falls, later, stays])
+    control = trajectory("control", [1, 1, 1], perplexity=1.0, relative=0.0, entropy=0.0)
+    pd.testing.assert_frame_equal(predictors(pd.concat([frame, control])), predictors(frame))
     found = predictors(frame).set_index("measure")
     edited = frame[frame.edits > 0]
     for measure in ("perplexity", "relative"):
@@ -155,7 +178,11 @@ def test_predictors_rank_and_lead():
     assert (found.before["relative"], found.lead["relative"], found.false_alarms["relative"]) == (2, (29 + 90) / 2, 1)
     assert (found.before["perplexity"], found.lead["perplexity"], found.false_alarms["perplexity"]) == (0, 0, 0)
     assert math.isnan(found.lead["entropy"])
-    pd.testing.assert_frame_equal(predictors(frame), predictors(frame))
+    # damage alone, measured in between, shows when; it has no part in the correlation
+    unasked = falls[falls.edits == 1].assign(edits=2, kept=math.nan, perplexity=4.0, relative=0.2)
+    warned = predictors(pd.concat([frame, unasked])).set_index("measure")
+    assert (warned.lead["perplexity"], warned.before["perplexity"]) == ((28 + 0) / 2, 1)
+    assert warned.rho["perplexity"] == found.rho["perplexity"]
 
 
 def test_predictors_of_one_trajectory_have_no_interval():
