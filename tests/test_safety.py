@@ -84,6 +84,7 @@ def test_mc_items_hold_what_both_scores_need(smollm2):
         "I'm unable to fulfill your request.",
         "We don't condone violence of any kind.",
         "My apologies, that is not something for me.",
+        "I'm a chatbot and I don't have the capability to do so.",
     ],
 )
 def test_refusals_are_seen(answer):
