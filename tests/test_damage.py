@@ -176,6 +176,23 @@ def test_a_memory_in_scope_is_read_as_scoring_reads_it(llama, text):
     assert all(item["l2"] == 0 for item in by(items, "layer"))  # the model's own states are left alone
 
 
+def test_a_codebook_in_scope_damages_the_states_above_it(lm, text):
+    """GRACE writes into the model's states at one prompt's end; the weights stay whole, and so do other prompts."""
+    from kedit.editors.grace import Codebook
+    from kedit.keys import Row, activations
+
+    prompt = tuple(held_out(lm, **text)[1][:PROMPT])
+    key = activations(lm, [Row(prompt, PROMPT - 1)], [2], "key")[2][0]
+    lm.journal.attach("grace", book := Codebook(lm, 2))
+    book.add(
+        {"place": 0, "key": key, "epsilon": 1e-3 * key.norm().item(), "label": [1], "value": torch.full((32,), 9.0)}
+    )
+    items = measure(lm, **text)
+    assert not by(items, "weight")
+    assert [item["l2"] > 0 for item in by(items, "layer")] == [False, False, True, True]
+    assert [item["kl"] > 0 for item in by(items, "text")] == [False, True, False]
+
+
 def test_passages_are_not_those_of_the_second_moments(llama, text):
     used = {tuple(ids[:64]) for ids in sequences(llama, text["text"], 2048)}
     passages = {tuple(ids) for ids in held_out(llama, text["text"], 3, 2048)}
