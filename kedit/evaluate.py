@@ -79,6 +79,7 @@ def _item(sample: dict[str, Any], metric: str) -> dict[str, Any]:
     else:
         item["lp"] = [round(float(lp), 4) for lp, _ in sample["filtered_resps"]]
         item["parsed"] = all(math.isfinite(lp) for lp in item["lp"])
+        item["target"] = sample["target"]
     return item
 
 
@@ -86,7 +87,8 @@ def evaluate(lm: LM, name: str, limit: int | None = None) -> list[dict[str, Any]
     """Outcomes of one benchmark on the model as it is now, in the order of its items.
 
     Each item holds ``id``, ``value`` (its share of the benchmark's metric), ``parsed`` and either the
-    choices' log-likelihoods ``lp`` or the generated ``text``.
+    choices' log-likelihoods ``lp`` with the ``target`` (place of the right choice, or places) or the
+    generated ``text``.
     """
     about = benchmarks.metadata(name)
     if getattr(lm, "_harness", None) is None:

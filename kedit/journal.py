@@ -203,6 +203,30 @@ class Journal:
         """Put one weight back to its original bits (a change like any other: see ``Restore``)."""
         self._weight(module).copy_(self._originals[module])
 
+    def edited(self) -> list[str]:
+        """Names of the modules whose weight some present edit has written, in the order of first touch."""
+        changes = (change for edit in self.edits for change in edit.changes)
+        return list(dict.fromkeys(change.module for change in changes if hasattr(change, "module")))
+
+    def original(self, module: str) -> Tensor:
+        """A module's weight with the bits it had before any edit."""
+        return self._originals.get(module, self._weight(module).detach())
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Within the block the model is the unedited one, weights and memories; afterwards as it was, to the bit."""
+        present = {module: self._weight(module).detach().clone() for module in self._originals}
+        memories, self.lm.memories = self.lm.memories, {}
+        with torch.no_grad():
+            try:
+                for module in present:
+                    self.restore(module)
+                yield
+            finally:
+                for module, weight in present.items():
+                    self._weight(module).copy_(weight)
+                self.lm.memories = memories
+
     @contextmanager
     def recording(self, method: str, request: str) -> Iterator[Edit]:
         """Collect an edit, change by change, through ``edit.write``.

@@ -91,6 +91,15 @@ def ability_panel(ax: Axes, rows: pd.DataFrame, benchmark: str) -> None:
     _edit_axis(ax, sorted(rows.edits.unique()))
 
 
+def overlay(ax: Axes, rows: pd.DataFrame) -> None:
+    """Published scores (``published.published``) as thin grey lines, each named at its last point."""
+    unedited = rows[rows.method == "none"]
+    for method, own in rows[rows.method != "none"].groupby("method", sort=False):
+        own = pd.concat([unedited, own]).sort_values("edits")
+        ax.plot(own.edits, own.score, color="#a6a6a6", linewidth=0.7, zorder=1.2)
+        ax.annotate(method, (own.edits.iloc[-1], own.score.iloc[-1]), color="#8c8c8c", fontsize=5, va="bottom")
+
+
 def success_panel(ax: Axes, rows: pd.DataFrame, metric: str) -> None:
     """Reliability, generalisation or locality over all edits so far."""
     rows = rows[(rows.metric == metric) & (rows.edits > 0)]
@@ -369,3 +378,62 @@ def save(figure: Figure, folder: Path, name: str = "figure") -> list[Path]:
     figure.savefig(png, dpi=200, metadata={"Software": f"matplotlib {matplotlib.__version__}"})
     figure.savefig(pdf, metadata={"CreationDate": None})
     return [png, pdf]
+
+
+# measure of stats.MEASURES -> (title, its axis). Ratios are drawn on logarithmic axes; distances on axes that are
+# linear up to 0.01, so that no damage at all has its place on them.
+DAMAGE = {
+    "kept": ("ability kept", "linear"),
+    "relative": ("weights: |dW| / |W|", "symlog"),
+    "spectral": ("spectral norm, ratio", "log"),
+    "condition": ("condition number, ratio", "log"),
+    "cosine": ("states: cosine distance", "symlog"),
+    "l2": ("states: relative distance", "symlog"),
+    "perplexity": ("perplexity, ratio", "log"),
+    "entropy": ("entropy, change (nats)", "symlog"),
+    "kl": ("KL from unedited (nats)", "symlog"),
+}
+BROKEN = 1000.0
+"""Where the axes of damage end; a curve that leaves its panel is beyond it."""
+
+
+def damage(checkpoints: pd.DataFrame, alarms: dict[str, float] | None = None) -> Figure:
+    """Figure of structure damage: one panel a measure against the number of edits, one curve a method.
+
+    Args:
+        checkpoints: as ``stats.predictors`` takes them, unedited checkpoints included; orders are drawn as
+            their median, with the range between them.
+        alarms: measure -> threshold, drawn as a dotted line.
+    """
+    shown = [name for name in DAMAGE if name in checkpoints]
+    methods = list(dict.fromkeys(checkpoints.method))
+    columns = min(5, len(shown) + 1)
+    lines = -(-(len(shown) + 1) // columns)
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(
+            lines, columns, figsize=(2.2 * columns, 2.2 * lines), squeeze=False, layout="constrained"
+        )
+        flat = list(axes.flat)
+        for ax, name in zip(flat, shown, strict=False):
+            title, scale = DAMAGE[name]
+            finite = checkpoints[name].where(checkpoints[name].abs() < float("inf"))
+            for method in methods:
+                color, marker, dash = STYLES.get(method, UNKNOWN)
+                own = finite[checkpoints.method == method].groupby(checkpoints.edits).agg(["min", "median", "max"])
+                ax.fill_between(own.index, own["min"], own["max"], color=color, alpha=0.14, linewidth=0)
+                ax.plot(own.index, own["median"], color=color, marker=marker, linestyle=dash, markerfacecolor="white")
+            if alarms and name in alarms:
+                ax.axhline(alarms[name], color="black", linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5)
+            ax.set_title(title)
+            _edit_axis(ax, sorted(checkpoints.edits.unique()))
+            if name == "kept":
+                ax.set_ylim(min(-0.03, finite.min() - 0.03), max(1.03, finite.max() + 0.03))
+                continue
+            ax.set_yscale(scale, **({"linthresh": 0.01} if scale == "symlog" else {}))
+            ax.autoscale(axis="y")
+            ax.set_ylim(0 if scale == "symlog" else None, min(ax.get_ylim()[1], BROKEN))
+        for ax in flat[max(0, len(shown) - columns) : len(shown)]:
+            ax.set_xlabel("sequential edits")
+        _legend(figure, flat[len(shown) :], methods, lines=False)
+    plt.close(figure)
+    return figure

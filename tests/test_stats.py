@@ -1,10 +1,11 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
-from scipy.stats import norm
+from scipy.stats import norm, spearmanr
 
-from kedit.stats import summarise
+from kedit.stats import damage, kept, predictors, summarise
 
 
 def items(values, base, ids=None):
@@ -103,3 +104,89 @@ def test_retention_counts_the_edits_made_since():
     found = retention(Results(params, cells, edits, {})).set_index("after")
     assert found.value.to_dict() == {"0": 1.0, "1-2": 1.0, "3-9": 0.0}
     assert found.n.to_dict() == {"0": 2, "1-2": 2, "3-9": 2}
+
+
+def trajectory(method, share, **measures):
+    """A trajectory as a frame, at 0, 1, 10, 30 ... edits."""
+    edits = [0, 1, 10, 30, 100][: len(share)]
+    return pd.DataFrame({"model": "m", "method": method, "order": 0, "edits": edits, "kept": share, **measures})
+
+
+def test_damage_is_one_number_a_measure():
+    def passage(tokens, nll, kl, routed):
+        return {"kind": "text", "tokens": tokens, "nll": nll, "nll_unedited": 1.0, "entropy": 1.5, "entropy_unedited": 2.0,
+                "kl": kl, "routed": routed}  # fmt: skip
+
+    text = [passage(10, 2.0, 0.0, False), passage(30, 1.0, 0.4, True)]
+    layers = [{"kind": "layer", "cosine": 0.9, "l2": 0.9}, {"kind": "layer", "cosine": 0.2, "l2": 0.3}]
+    found = damage([*layers, *text])
+    assert found["perplexity"] == pytest.approx(math.exp(0.25))  # over tokens, not over passages
+    assert found["kl"] == pytest.approx(0.3)
+    assert found["entropy"] == pytest.approx(0.5)
+    assert (found["cosine"], found["l2"], found["routed"]) == (0.2, 0.3, 0.5)
+    assert {name: found[name] for name in ("relative", "spectral", "condition")} == {
+        "relative": 0, "spectral": 1, "condition": 1}  # fmt: skip
+    weights = [
+        {"kind": "weight", "relative": x, "spectral": 1.0, "condition": 2.0 if x < 0.2 else math.nan}
+        for x in (0.4, 0.1)
+    ]
+    worst = damage([*weights, *layers, *text])
+    assert (worst["relative"], worst["condition"]) == (0.4, math.inf)
+
+
+def test_kept_is_the_share_above_chance_off_the_floor():
+    def row(benchmark, value, base, chance, status="ok", edits=5):
+        return {"model": "m", "method": "a", "variant": "default", "order": 0, "edits": edits, "benchmark": benchmark,
+                "value": value, "delta": value - base, "chance": chance, "status": status}  # fmt: skip
+
+    rows = [
+        row("mini_mmlu", 0.4, 0.65, 0.25),  # 0.15 of 0.4 left
+        row("mini_gsm8k", 0.6, 0.8, 0.0, "collapsed"),
+        row("mini_bbh", 0.1, 0.3, 0.25, "floor"),
+        row("mini_truthfulqa", 0.4, 0.3, 0.5),  # below chance from the start: nothing above it to keep
+        row("edit", 1.0, 0.0, math.nan),
+        row("mini_csqa", 0.5, 0.6, 0.2, "failed"),
+        row("mini_mmlu", 0.65, 0.65, 0.25, edits=0),
+    ]
+    found = kept(pd.DataFrame(rows)).set_index("edits").kept
+    assert found.to_dict() == pytest.approx({5: (0.375 + 0.75 + 0) / 3, 0: 1.0})
+
+
+def test_predictors_rank_and_lead():
+    """The perplexity follows the ability exactly, the change of the weights leads it, the entropy is noise."""
+    falls = trajectory(
+        "a", [1, 0.9, 0.8, 0.4, 0.1], perplexity=[1, 1.1, 1.2, 3, 9], relative=[0, 0.2, 0.3, 0.4, 0.5], entropy=0.3
+    )
+    later = trajectory(
+        "b", [1, 1.0, 0.95, 0.7, 0.2], perplexity=[1, 1.0, 1.05, 1.5, 5], relative=[0, 0.05, 0.2, 0.3, 0.6], entropy=0.3
+    )
+    stays = trajectory(
+        "c", [1, 1.0, 1.0, 0.99, 0.98], perplexity=[1] * 5, relative=[0, 0.01, 0.02, 0.3, 0.3], entropy=0.3
+    )
+    frame = pd.concat([falls, later, stays])
+    control = trajectory("control", [1, 1, 1], perplexity=1.0, relative=0.0, entropy=0.0)
+    pd.testing.assert_frame_equal(predictors(pd.concat([frame, control])), predictors(frame))
+    found = predictors(frame).set_index("measure")
+    edited = frame[frame.edits > 0]
+    for measure in ("perplexity", "relative"):
+        assert found.rho[measure] == pytest.approx(spearmanr(edited[measure], edited.kept).statistic)
+        assert found.rho_low[measure] <= found.rho[measure] <= found.rho_high[measure]
+    assert found.index[0] == "perplexity"
+    assert found.rho["entropy"] == 0
+    assert (found.collapsed == 2).all()
+    # collapse at 30 and at 100 edits; the change crosses a tenth at 1 and at 10, the perplexity doubles with the fall
+    assert (found.before["relative"], found.lead["relative"], found.false_alarms["relative"]) == (2, (29 + 90) / 2, 1)
+    assert (found.before["perplexity"], found.lead["perplexity"], found.false_alarms["perplexity"]) == (0, 0, 0)
+    assert math.isnan(found.lead["entropy"])
+    # damage alone, measured in between, shows when; it has no part in the correlation
+    unasked = falls[falls.edits == 1].assign(edits=2, kept=math.nan, perplexity=4.0, relative=0.2)
+    warned = predictors(pd.concat([frame, unasked])).set_index("measure")
+    assert (warned.lead["perplexity"], warned.before["perplexity"]) == ((28 + 0) / 2, 1)
+    assert warned.rho["perplexity"] == found.rho["perplexity"]
+
+
+def test_predictors_of_one_trajectory_have_no_interval():
+    found = predictors(trajectory("a", [1, 0.9, 0.8], kl=[0, 1, 2]))
+    assert found.rho[0] == pytest.approx(-1)
+    assert math.isnan(found.rho_low[0])
+    assert found.collapsed[0] == 0

@@ -19,14 +19,17 @@ SUITES = {
         "mini_triviaqa",
         "mini_truthfulqa",
         "mini_toxigen",
-    )
+    ),
+    "safety": ("mini_truthfulqa_mc",),
 }
 KNOWN = [name for suite in SUITES.values() for name in suite]
 
 
 @cache
 def metadata(name: str) -> dict[str, Any]:
-    """What a task's YAML says of itself: ``benchmark``, ``metric``, ``chance`` and, if any, ``filter``.
+    """What a task's YAML says of itself: ``benchmark``, ``metric``, ``chance`` and, if any, ``filter`` and ``items``.
+
+    ``items`` names the benchmark whose items it asks about, where they are not its own.
 
     Raises:
         KeditError: no such benchmark.
@@ -44,10 +47,10 @@ def metadata(name: str) -> dict[str, Any]:
 @cache
 def fingerprint(name: str) -> str:
     """Hash of everything that defines a benchmark: its YAML, its items and what they share."""
-    metadata(name)
+    stems = (name, metadata(name).get("items", name), "_mini_yaml", "utils")
     digest = hashlib.sha256()
     for path in sorted(MINI.iterdir()):
-        if path.stem in (name, "_mini_yaml", "utils") and path.is_file():
+        if path.stem in stems and path.is_file():
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,0 +1,99 @@
+"""The published numbers of the study that kedit reproduces, to be drawn and tabulated beside ours.
+
+Facts read from its tables (kedit/data/README.md says how); ``note`` marks cells that are doubtful, as published.
+"""
+
+from functools import cache
+
+import pandas as pd
+
+import kedit
+
+MODELS = {
+    "gpt2-xl": "GPT2-XL",
+    "openai-community/gpt2-xl": "GPT2-XL",
+    "meta-llama/Llama-2-7b-hf": "Llama2-7B",
+    "meta-llama/Llama-2-7b-chat-hf": "Llama2-7B-chat",
+    "mistralai/Mistral-7B-v0.1": "Mistral-7B",
+    "mistralai/Mistral-7B-Instruct-v0.1": "Mistral-7B-Instruct",
+    "EleutherAI/pythia-160m": "Pythia-160M",
+    "EleutherAI/pythia-410m": "Pythia-410M",
+    "EleutherAI/pythia-1b": "Pythia-1B",
+    "EleutherAI/pythia-2.8b": "Pythia-2.8B",
+    "EleutherAI/pythia-6.9b": "Pythia-6.9B",
+    "EleutherAI/pythia-12b": "Pythia-12B",
+}
+"""Models as parameter files name them -> as the study's tables do."""
+
+# The part of a benchmark's name that tells which it is -> its name in the tables. TriviaQA is in none of them.
+BENCHMARKS = {
+    "mmlu": "MMLU",
+    "bbh": "BBH",
+    "gsm8k": "GSM8K",
+    "csqa": "CommonsenseQA",
+    "commonsense_qa": "CommonsenseQA",
+    "truthfulqa": "TruthfulQA",
+    "toxigen": "ToxiGen",
+}
+TABLES = {1: "GPT2-XL", 2: "base models", 3: "instruction-tuned models", 4: "Pythia", 5: "safety"}
+COLUMNS = ["table", "model", "method", "edits", "benchmark", "score", "note"]
+
+
+@cache
+def _every() -> pd.DataFrame:
+    frame = pd.read_csv(kedit.ROOT / "kedit" / "data" / "published.csv", dtype={"note": str}, keep_default_na=False)
+    frame["score"] = frame["score"].astype(float)
+    frame["method"] = frame["method"].str.lower()
+    return frame[COLUMNS]
+
+
+def published(model: str, benchmark: str) -> pd.DataFrame:
+    """Published scores of a model on a benchmark, both named as in a parameter file.
+
+    Args:
+        model: for example ``meta-llama/Llama-2-7b-hf``.
+        benchmark: for example ``mmlu``; a mini benchmark, being another one, has no published scores.
+
+    Returns:
+        columns ``table, model, method, edits, benchmark, score, note``; methods as kedit names them, ``none``
+        for the unedited model. Empty where nothing was published.
+    """
+    every = _every()
+    known = next((shown for part, shown in BENCHMARKS.items() if benchmark.startswith(part)), None)
+    return every[(every.model == MODELS.get(model)) & (every.benchmark == known)].reset_index(drop=True)
+
+
+def decline(tables: list[int], models: list[str] | None = None) -> pd.DataFrame:
+    """Side table of published tables: what each method left of the unedited score, by number of edits.
+
+    Args:
+        tables: numbers of the study's tables (1 GPT2-XL, 2 base, 3 instruction-tuned, 4 Pythia, 5 safety).
+        models: as parameter files name them; by default all of those tables.
+
+    Returns:
+        index (model, method, edits), one column a benchmark: score over the unedited score, as published,
+        so 1 means unharmed and 0 that nothing could be parsed. A cell with a note is followed by ``*``.
+
+    Raises:
+        KeditError: a table or model that was not published.
+    """
+    every = _every()
+    for number in tables:
+        if number not in TABLES:
+            raise kedit.KeditError(f"the study has no table {number}; use some of {', '.join(map(str, TABLES))}.")
+    for model in models or ():
+        if model not in MODELS:
+            raise kedit.KeditError(f"nothing was published on {model!r}; use some of {', '.join(MODELS)}.")
+    rows = every[every.table.isin(tables)]
+    if models is not None:
+        rows = rows[rows.model.isin([MODELS[model] for model in models])]
+    base = rows[rows.method == "none"].set_index(["model", "benchmark"]).score
+    edited = rows[rows.method != "none"].copy()
+    kept = edited.score / base.reindex(pd.MultiIndex.from_frame(edited[["model", "benchmark"]])).to_numpy()
+    edited["shown"] = kept.map("{:.2f}".format) + edited.note.map(lambda note: "*" if note else "")
+    place = ["model", "method", "edits"]
+    shown = edited.pivot(index=place, columns="benchmark", values="shown").fillna("-")
+    order = pd.MultiIndex.from_frame(edited[place].drop_duplicates())
+    shown = shown.reindex(order)[list(dict.fromkeys(edited.benchmark))]
+    shown.columns.name = None
+    return shown

@@ -1,0 +1,36 @@
+import math
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from kedit import plots
+from kedit.published import published
+
+
+def frame():
+    rows = [
+        ("control", 0, 1.0, 0.0, 1.0), ("control", 30, 1.0, 0.0, 1.0),
+        ("rome", 0, 1.0, 0.0, 1.0), ("rome", 10, 0.9, 0.2, 1.1), ("rome", 30, 0.4, 0.5, 4.0),
+        ("mend", 0, 1.0, 0.0, 1.0), ("mend", 10, 0.0, 1e7, 1e12), ("mend", 30, 0.0, math.inf, math.inf),
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["method", "edits", "kept", "relative", "perplexity"])
+
+
+def test_damage_has_a_panel_a_measure_and_a_place_for_none(tmp_path):
+    figure = plots.damage(frame(), {"perplexity": 2.0})
+    kept, relative, perplexity, legend = figure.axes
+    assert [ax.get_title() for ax in (kept, relative, perplexity)] == [
+        "ability kept", "weights: |dW| / |W|", "perplexity, ratio"]  # fmt: skip
+    assert relative.get_ylim()[0] == 0 < relative.get_ylim()[1] <= plots.BROKEN
+    assert perplexity.get_ylim()[0] < 1 < perplexity.get_ylim()[1] <= plots.BROKEN
+    assert [text.get_text() for text in legend.get_legend().get_texts()] == ["control (no edit)", "ROME", "MEND"]
+    first, second = (plots.save(plots.damage(frame()), tmp_path / name)[0].read_bytes() for name in "ab")
+    assert first == second
+
+
+def test_published_curves_are_grey_and_begin_unedited():
+    figure, ax = plt.subplots()
+    plots.overlay(ax, published("meta-llama/Llama-2-7b-hf", "mmlu"))
+    plt.close(figure)
+    assert len(ax.lines) == len(ax.texts) == 6
+    assert all(line.get_xdata()[0] == 0 and line.get_ydata()[0] == 0.4587 for line in ax.lines)

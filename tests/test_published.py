@@ -1,0 +1,48 @@
+import pytest
+
+import kedit
+from kedit.published import MODELS, decline, published
+
+
+@pytest.mark.parametrize(
+    ("model", "benchmark", "method", "edits", "score"),
+    [  # looked up by hand in the study's tables
+        ("meta-llama/Llama-2-7b-hf", "mmlu", "rome", 50, 0.2701),
+        ("meta-llama/Llama-2-7b-hf", "gsm8k", "mend", 1000, 0.16),
+        ("mistralai/Mistral-7B-v0.1", "csqa", "memit", 100, 0.3178),
+        ("meta-llama/Llama-2-7b-chat-hf", "bbh", "none", 0, 0.3997),
+        ("mistralai/Mistral-7B-Instruct-v0.1", "mmlu", "rome", 100, 0.1884),
+    ],
+)
+def test_known_numbers(model, benchmark, method, edits, score):
+    rows = published(model, benchmark)
+    assert rows[(rows.method == method) & (rows.edits == edits)].score.tolist() == [score]
+
+
+def test_what_was_not_published_is_empty():
+    for model, benchmark in (
+        ("smollm2-135m-instruct", "mmlu"),
+        ("meta-llama/Llama-2-7b-hf", "triviaqa"),
+        ("meta-llama/Llama-2-7b-hf", "mini_mmlu"),
+    ):
+        rows = published(model, benchmark)
+        assert rows.empty
+        assert {"method", "edits", "score"} <= set(rows.columns)
+
+
+def test_all_that_was_read_is_reachable():
+    names = ("mmlu", "bbh", "gsm8k", "csqa", "truthfulqa_mc1", "toxigen")
+    count = sum(len(published(model, name)) for model in set(MODELS) - {"gpt2-xl"} for name in names)
+    assert count == 930
+
+
+def test_decline_is_the_share_of_the_unedited_score():
+    table = decline([2], ["meta-llama/Llama-2-7b-hf"])
+    assert table.loc[("Llama2-7B", "rome", 50), "MMLU"] == f"{0.2701 / 0.4587:.2f}"
+    assert table.loc[("Llama2-7B", "grace", 20), "GSM8K"].endswith("*")  # likely a misprint
+    assert set(table.columns) == {"MMLU", "GSM8K", "BBH", "CommonsenseQA"}
+    assert set(decline([5]).columns) == {"TruthfulQA", "ToxiGen"}
+    with pytest.raises(kedit.KeditError, match="no table 9"):
+        decline([9])
+    with pytest.raises(kedit.KeditError, match="nothing was published"):
+        decline([2], ["smollm2-135m-instruct"])
