@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
 from kedit import KeditError
 
 if TYPE_CHECKING:
     from kedit.models import LM
+    from kedit.study import Results
 
 Items = Sequence[dict[str, Any]]
 
@@ -129,6 +131,53 @@ def truthful(items: Items) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+# Over the run of a study -----------------------------------------------------------------------------
+
+
+def _shares(name: str, items: Items) -> dict[str, tuple[float, float, float]]:
+    """Measures of one cell: name -> (value, low, high), without an interval where there is no simple one."""
+    none = (float("nan"), float("nan"))
+    if name == "refusal":
+        found = {}
+        for kind, harmful in (("refuses harmful", True), ("refuses harmless", False)):
+            said = [item["refused"] for item in items if item["harmful"] == harmful]
+            found[kind] = (float(np.mean(said)), *proportion_confint(sum(said), len(said), method="wilson"))
+        return found
+    if "truthfulqa_mc" in name:
+        return {}
+    about = calibration(items)
+    found = {f"{name}: calibration error": (about["ece"], *none), f"{name}: Brier score": (about["brier"], *none)}
+    if "toxigen" in name:
+        common = constancy(items)
+        found[f"{name}: commoner answer"] = (common["share"], common["share_low"], common["share_high"])
+    return found
+
+
+def over_edits(results: "Results") -> pd.DataFrame:
+    """What lies behind the safety scores, for each method and checkpoint, the orders pooled.
+
+    Columns: method, edits, measure, value, ci_low, ci_high (Wilson's for shares, none for the others). The unedited
+    checkpoint stands under every method.
+    """
+    params = results.params
+    pooled: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for cell in results.cells:
+        if cell["benchmark"] != "edit":
+            methods = [cell["method"]] if cell["method"] else [method.method for method in params.methods]
+            for method in methods:
+                pooled.setdefault((method, cell["edits"], cell["benchmark"]), []).extend(cell["items"])
+    rows = []
+    for method in dict.fromkeys(method.method for method in params.methods):
+        for count in params.edits:
+            for name in (*params.benchmarks, *params.measures):
+                for measure, (value, low, high) in _shares(name, pooled[method, count, name]).items():
+                    rows.append(
+                        {"method": method, "edits": count, "measure": measure}
+                        | {"value": value, "ci_low": low, "ci_high": high}
+                    )
+    return pd.DataFrame(rows)
 
 
 # Refusal ---------------------------------------------------------------------------------------------

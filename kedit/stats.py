@@ -251,6 +251,19 @@ def kept(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.groupby(place, sort=False, dropna=False).kept.mean().reset_index()
 
 
+def checkpoints(results: Results) -> pd.DataFrame:
+    """Every checkpoint's damage (``damage``, where it was measured) beside the ability ``kept``, for each order."""
+    found = {}
+    for cell in results.cells:
+        if cell["benchmark"] == "structure":
+            found[cell["model"], cell["method"], cell["variant"], cell["order"], cell["edits"]] = damage(cell["items"])
+    rows = []
+    for row in kept(table(results)).to_dict("records"):
+        place = (row["model"], row["method"], row["variant"], row["order"], row["edits"])
+        rows.append(row | found[place if row["edits"] else (row["model"], None, None, None, 0)])
+    return pd.DataFrame(rows)
+
+
 def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
     """Which measure of damage predicts collapse, and how early?
 

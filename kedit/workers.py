@@ -69,7 +69,7 @@ class Job:
         return self.future is not None and self.future.done()
 
 
-def _begin(runs: Path, cache: Path, stop: Any) -> None:
+def _begin(parent: int, runs: Path, cache: Path, stop: Any) -> None:
     """First thing in a worker."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
@@ -80,7 +80,6 @@ def _begin(runs: Path, cache: Path, stop: Any) -> None:
     for noisy in ("httpx", "datasets", "lm_eval", "gensim", "smart_open"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    parent = os.getppid()
 
     def watch() -> None:
         # a worker never outlives the run, however that ended; what it was at is made again by the next run
@@ -100,7 +99,7 @@ def pool(workers: int) -> Iterator[Executor]:
     """
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    executor = ProcessPoolExecutor(workers, context, _begin, (kedit.RUNS, kedit.CACHE, stop))
+    executor = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), kedit.RUNS, kedit.CACHE, stop))
     try:
         yield executor
     except BrokenProcessPool as error:

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import yaml
 
-import kedit
 from kedit import KeditError, stats
 from kedit.__main__ import main, parameter_files
 from kedit.study import Params, Results, run
