@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+import kedit
 from kedit import KeditError
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,21 @@ def tasks(name: str) -> dict[str, Any]:
     return {subtask: _stock(manager.task_index[subtask].yaml_path, about["settings"]) for subtask in names}
 
 
+def sources(name: str) -> list[str]:
+    """Hub ids of the data that a benchmark needs; the mini suite carries its own."""
+    return [PAPER[name]["data"]] if name in PAPER else []
+
+
+def reach(name: str) -> None:
+    """Ask within seconds whether a benchmark's data can be had.
+
+    Raises:
+        KeditError: it cannot (``kedit.hub``).
+    """
+    for source in sources(name):
+        _located(source)
+
+
 def _stock(path: Path, settings: dict[str, Any]) -> Any:
     """One of lm-eval's own tasks with settings of ours."""
     import datasets
@@ -116,7 +132,9 @@ def _stock(path: Path, settings: dict[str, Any]) -> Any:
     for key in ("tag", "group"):
         config.pop(key, None)
     source = config["dataset_path"]
-    config["dataset_path"] = _located(source)
+    config["dataset_path"], cache_dir = _located(source)
+    if cache_dir:
+        config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "cache_dir": cache_dir}
     datasets.disable_progress_bars()
     try:
         if hub.mirror() and config.get("test_split"):
@@ -136,10 +154,20 @@ def _stock(path: Path, settings: dict[str, Any]) -> Any:
 
 
 @cache
-def _located(source: str) -> str:
+def _located(source: str) -> tuple[str, str | None]:
+    """Where a data set is, and, in a mirror, a folder for what ``datasets`` makes of it.
+
+    ``datasets`` does not notice that a local file has changed and would go on serving what it made of the
+    old one, so the folder's name says which files these are.
+    """
     from kedit import hub
 
-    return hub.dataset(source)
+    place = hub.dataset(source)
+    if not hub.mirror():
+        return place, None
+    files = sorted(path for path in Path(place).rglob("*") if path.is_file())
+    about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return place, str(kedit.CACHE / "datasets" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16])
 
 
 def shares(name: str, limit: int | None) -> dict[str, int]:
