@@ -24,7 +24,7 @@ def mirror() -> Path | None:
     folder = Path(name).expanduser().resolve()
     if not folder.is_dir():
         raise KeditError(
-            f"KEDIT_MIRROR is {name!r}, which is no folder; give one laid out as owner/dataset, or unset it."
+            f"KEDIT_MIRROR is {name!r}, which is no folder; give one that holds owner/dataset, or unset it."
         )
     return folder
 
@@ -39,9 +39,7 @@ def dataset(name: str) -> str:
     """
     if folder := mirror():
         if not (folder / name).is_dir():
-            raise KeditError(
-                f"KEDIT_MIRROR has no data set {name}; put it there, or unset KEDIT_MIRROR to use the hub."
-            )
+            raise KeditError(f"KEDIT_MIRROR has no data set {name}; put it there, or unset it to use the hub.")
         return str(folder / name)
     if constants.HF_HUB_OFFLINE:
         return name
@@ -51,7 +49,7 @@ def dataset(name: str) -> str:
         raise KeditError(f"data set {name} is gated; ask for access on its page and set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:
         raise KeditError(
-            f"data set {name} is not on the hub, or needs a token; set HF_TOKEN or KEDIT_MIRROR."
+            f"data set {name} is not on the hub, or wants a token; set HF_TOKEN or KEDIT_MIRROR."
         ) from error
     except Exception as error:  # whatever its HTTP client raises: for us the hub is out of reach
         raise KeditError(

@@ -6,10 +6,9 @@ tokens go through at once, reading the weights; whichever takes longer on a mach
 is assumed in ``MACHINES`` and printed. Expect them to be right within a factor of three.
 """
 
-import importlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -384,7 +383,7 @@ def plan(params: Params) -> str:
         if (shape := SHAPES.get(model)) is None:
             lines.append(f"{model:<36} shape unknown: add it to SHAPES in kedit/plan.py for hours and memory")
             continue
-        disk += _times((shape.bytes, 0), 1)[0] / 2 + len(params.benchmarks) * 20e6
+        disk += shape.bytes / 2
         made: set[int] = set()
         for name, (method, hparams) in _each(params, model).items():
             columns: list[str] = []
@@ -420,7 +419,7 @@ def plan(params: Params) -> str:
     lines += [
         "",
         f"In all about {_hours(total['GPU'])} on a GPU or {_hours(total['CPU'])} on one CPU core (workers divide it), "
-        f"and {_size(disk)} of disk (half-precision weights, second moments, edits, answers).",
+        f"and {_size(disk)} of disk (half-precision weights, second moments, edits).",
         *(f"Assumed: {machine.name}." for machine in MACHINES.values()),
         "Hours count nothing as stored, searches as going to their last step; once: second moments, training. Memory: "
         "float32 weights, and keys and values of texts generated side by side.",
@@ -431,7 +430,7 @@ def plan(params: Params) -> str:
 def _access(params: Params) -> list[str]:
     from huggingface_hub import get_token
 
-    from kedit import hub
+    from kedit import hub, keys
 
     lines = []
     if gated := [model for model in params.models if model in SHAPES and SHAPES[model].gated]:
@@ -439,22 +438,23 @@ def _access(params: Params) -> list[str]:
         lines.append(f"Gated, needs access: {', '.join(gated)}; {token}.")
     sources = sorted({source for name in params.benchmarks for source in benchmarks.sources(name)})
     if params.statistics.get("text") == "wikipedia":
-        sources.append(importlib.import_module("kedit.keys").WIKIPEDIA[0])
+        sources.append(keys.WIKIPEDIA[0])
     try:
         mirror = hub.mirror()
         missing = [source for source in sources if mirror and not (mirror / source).is_dir()]
     except KeditError as error:
         return [*lines, str(error)]
     if sources:
-        state = "all in KEDIT_MIRROR" if mirror else "from the hub, none of them gated (KEDIT_MIRROR is not set)"
+        state = "all in KEDIT_MIRROR" if mirror else "from the hub (KEDIT_MIRROR is not set), none known to be gated"
         state = f"KEDIT_MIRROR lacks {', '.join(missing)}" if missing else state
         lines.append(f"Data sets: {', '.join(sources)}: {state}.")
     name = params.edit_set["name"]
     if name in facts.FILES:
         try:
             path = params.edit_set.get("path") or facts.located(name)
-            source = f"found as {path.name if hasattr(path, 'name') else path}" if path else f"{facts.HUB.get(name)}"
-            lines.append(f"Edit set {name}: {source if path or name in facts.HUB else 'needs KEDIT_MIRROR'}.")
+            hub_id = facts.HUB.get(name)
+            source = f"hub {hub_id}, whose order is not the study's" if hub_id else "needs KEDIT_MIRROR"
+            lines.append(f"Edit set {name}: {Path(path).name if path else source}.")
         except KeditError as error:
             lines.append(str(error))
     return lines

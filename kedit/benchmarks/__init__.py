@@ -148,8 +148,8 @@ def _stock(path: Path, settings: dict[str, Any]) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise KeditError(
-            f"data set {source} cannot be read ({reason}); it is needed by lm-eval's task {config['task']}: put it into "
-            "KEDIT_MIRROR as the hub has it, or unset KEDIT_MIRROR to use the hub."
+            f"data set {source} cannot be read ({reason}); lm-eval's task {config['task']} needs it: put it into "
+            "KEDIT_MIRROR as the hub has it, or unset that to use the hub."
         ) from error
 
 
