@@ -111,6 +111,7 @@ READING = {
     "mini_csqa": Reading(100, 118, 18),
     "mini_triviaqa": Reading(112, 2, 13, 6),
     "mini_truthfulqa": Reading(102, 107, 19),
+    "mini_truthfulqa_mc": Reading(102, 107, 38),
     "mini_toxigen": Reading(120, 75, 15),
 }
 """Tokens as SmolLM2 counts them, on real items. Items as on the hub (a mirror may hold others)."""
@@ -368,8 +369,8 @@ def plan(params: Params) -> str:
     trajectories = len(params.models) * len(params.methods) * len(params.orders)
     lines = [
         f"{where}: {trajectories} trajectories of {max(params.edits)} edits: {edits:,} edits; "
-        f"{planned['cell']:,} cells at {len(params.edits)} checkpoints (edit success and "
-        f"{len(params.benchmarks)} benchmarks).",
+        f"{planned['cell']:,} cells at {len(params.edits)} checkpoints ({len(params.asked)} kinds: "
+        f"edit success, {len(params.benchmarks)} benchmarks, {len(params.measures)} other measures).",
         *_access(params),
         *_found(params),
         "",
@@ -421,7 +422,7 @@ def plan(params: Params) -> str:
         f"In all about {_hours(total['GPU'])} on a GPU or {_hours(total['CPU'])} on one CPU core (workers divide it), "
         f"and {_size(disk)} of disk (half-precision weights, second moments, edits).",
         *(f"Assumed: {machine.name}." for machine in MACHINES.values()),
-        "Hours count nothing as stored, searches as going to their last step; once: second moments, training. Memory: "
+        "Hours count nothing as stored, searches to their last step, and leave out other measures; once: second moments, training. Memory: "
         "float32 weights, and keys and values of texts generated side by side.",
     ]
     return "\n".join(lines)

@@ -113,7 +113,9 @@ def test_a_mirror_without_the_data_is_one_sentence(monkeypatch, tmp_path):
     with pytest.raises(KeditError, match=r"KEDIT_MIRROR has no data set cais/mmlu; put it there, or unset"):
         benchmarks.tasks("mmlu")
     (tmp_path / "openai" / "gsm8k").mkdir(parents=True)
-    with pytest.raises(KeditError, match=r"data set openai/gsm8k cannot be read .*gsm8k_cot needs it: put it into KEDIT_MIRROR"):
+    with pytest.raises(
+        KeditError, match=r"data set openai/gsm8k cannot be read .*gsm8k_cot needs it: put it into KEDIT_MIRROR"
+    ):
         benchmarks.tasks("gsm8k")
     monkeypatch.setenv("KEDIT_MIRROR", str(tmp_path / "nowhere"))
     with pytest.raises(KeditError, match=r"KEDIT_MIRROR is .*nowhere.*no folder"):

@@ -49,6 +49,12 @@ def test_the_count_of_a_small_grid():
     assert "12 trajectories of 5 edits: 60 edits; 80 cells" in text  # 2 x (3 x 2 x 2 x 3 + 2 + 2)
 
 
+def test_every_offered_benchmark_has_its_reading():
+    from kedit.benchmarks import KNOWN
+
+    assert set(plan.READING) == set(KNOWN)
+
+
 def configurations():
     llama = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
     yield "meta-llama/Llama-2-7b-hf", LlamaConfig(**llama, intermediate_size=11008)
