@@ -422,8 +422,8 @@ def plan(params: Params) -> str:
         f"In all about {_hours(total['GPU'])} on a GPU or {_hours(total['CPU'])} on one CPU core (workers divide it), "
         f"and {_size(disk)} of disk (half-precision weights, second moments, edits).",
         *(f"Assumed: {machine.name}." for machine in MACHINES.values()),
-        "Hours count nothing as stored, searches to their last step, and leave out other measures; once: second moments, training. Memory: "
-        "float32 weights, and keys and values of texts generated side by side.",
+        "Hours count nothing as stored, searches to their last step, and leave out other measures; once: second "
+        "moments, training. Memory: float32 weights, and keys and values of texts generated side by side.",
     ]
     return "\n".join(lines)
 
