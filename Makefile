@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 all list figures verify tables test lint pytest nbval lab clean
+.PHONY: help rq1 all list plan figures verify tables test lint pytest nbval lab clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,9 @@ all: rq1 ## every question's default run
 
 list: $(READY) ## the parameter files
 	@$(PY) -m kedit list
+
+plan: $(READY) ## what a run would do, cost and need, without loading a model  PARAMS=rq1/llama2-7b
+	@$(PY) -m kedit plan params/$(or $(PARAMS),rq1/smollm2-135m).yaml
 
 figures: $(READY) ## redraw every figure from its committed cells, in seconds
 	$(PY) -m kedit figures

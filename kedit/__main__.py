@@ -15,9 +15,11 @@ from kedit import KeditError
 
 
 def _run(args: argparse.Namespace) -> None:
+    from kedit.plan import check
     from kedit.study import Params, run
 
     params = Params.read(args.params)
+    check(params)
     run(params, workers=args.workers).save(kedit.RUNS / params.rq / params.name)
 
 
@@ -55,10 +57,17 @@ def parameter_files() -> list[Path]:
     return [path for rq in QUESTIONS for path in sorted((kedit.ROOT / "params" / rq).glob("*.yaml"))]
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from kedit.plan import plan
+    from kedit.study import Params
+
+    print(plan(Params.read(args.params)))
+
+
 def _list(args: argparse.Namespace) -> None:
     for path in parameter_files():
         first = path.read_text().splitlines()[0].lstrip("# ")
-        print(f"make {path.parent.name} PARAMS={path.stem:<16} {first}")
+        print(f"make {path.parent.name} PARAMS={path.stem:<20} {first}")
 
 
 def _tables(args: argparse.Namespace) -> None:
@@ -112,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     for name, function, text in (
         ("run", _run, "run a parameter file, or what is left of it"),
+        ("plan", _plan, "say what a run would do, cost and need"),
         ("notebook", _notebook, "execute the question's notebook on a finished run, and draw"),
         ("verify", _verify, "compare a fresh run with the committed reference"),
     ):

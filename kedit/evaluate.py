@@ -39,7 +39,11 @@ class SharedPrefixLM(HFLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         if self.lm.begin or all(context for _, context, _ in requests):
-            return loglikelihoods(self.lm, [(context, target) for _, context, target in requests])
+            # what does not fit into the model's window is cut off at the left, as lm-eval does
+            room = self.max_length + 1
+            return loglikelihoods(
+                self.lm, [(context[max(0, len(context) + len(t) - room) :], t) for _, context, t in requests]
+            )
         return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
 
     def generate_until(self, requests, disable_tqdm=False):
@@ -60,8 +64,13 @@ class SharedPrefixLM(HFLM):
                 # a stop string shows in the last few tokens as soon as it is there
                 return any(stop in self.tok_decode(tokens[-16:], skip_special_tokens=False) for stop in stops)
 
-            contexts = [self.tok_encode(requests[index].args[0]) for index in indices]
-            _, generated = read(self.lm, [], contexts, settings["max_gen_toks"], finished, self.lm.drafts)
+            # lm-eval refuses to generate more than the window holds; half of it stays for the prompt here
+            longest = settings["max_gen_toks"]
+            if longest >= self.max_length:
+                longest = self.max_length // 2
+            room = self.max_length - longest
+            contexts = [self.tok_encode(requests[index].args[0])[-room:] for index in indices]
+            _, generated = read(self.lm, [], contexts, longest, finished, self.lm.drafts)
             for index, tokens in zip(indices, generated, strict=True):
                 if self.eot_token_id in tokens:
                     tokens = tokens[: tokens.index(self.eot_token_id)]
@@ -69,9 +78,9 @@ class SharedPrefixLM(HFLM):
         return [texts[index] for index in range(len(requests))]
 
 
-def _item(sample: dict[str, Any], metric: str) -> dict[str, Any]:
+def _item(sample: dict[str, Any], metric: str, name: str) -> dict[str, Any]:
     """One item's outcome: its value, and what was answered."""
-    item = {"id": str(sample["doc"].get("id", sample["doc_id"])), "value": float(sample[metric])}
+    item = {"id": name, "value": float(sample[metric])}
     first = sample["filtered_resps"][0]
     if isinstance(first, str):
         item["text"] = sample["resps"][0][0]
@@ -84,24 +93,32 @@ def _item(sample: dict[str, Any], metric: str) -> dict[str, Any]:
 
 
 def evaluate(lm: LM, name: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Outcomes of one benchmark on the model as it is now, in the order of its items.
+    """Outcomes of one benchmark on the model as it is now, in the order of its tasks and their items.
 
     Each item holds ``id``, ``value`` (its share of the benchmark's metric), ``parsed`` and either the
     choices' log-likelihoods ``lp`` with the ``target`` (place of the right choice, or places) or the
-    generated ``text``.
+    generated ``text``. Where a benchmark is several tasks, an id names the task too.
     """
-    about = benchmarks.metadata(name)
+    about, tasks = benchmarks.metadata(name), benchmarks.tasks(name)
     if getattr(lm, "_harness", None) is None:
         lm._harness = SharedPrefixLM(lm)
-    # lm-eval draws progress bars of its own, one for each of many short steps
-    with torch.inference_mode(), contextlib.redirect_stderr(io.StringIO()):
-        results = lm_eval.evaluate(
-            lm=lm._harness,
-            task_dict={name: benchmarks.task(name)},
-            limit=limit,
-            log_samples=True,
-            bootstrap_iters=0,
-            verbosity="ERROR",
-        )
-    samples = [s for s in results["samples"][name] if s["filter"] == about.get("filter", s["filter"])]
-    return [_item(sample, about["metric"]) for sample in sorted(samples, key=lambda s: s["doc_id"])]
+    items = []
+    for subtask, count in benchmarks.shares(name, limit).items():
+        if not count:
+            continue
+        # one task at a time: its items share their exemplars. lm-eval draws progress bars of its own, one for
+        # each of many short steps.
+        with torch.inference_mode(), contextlib.redirect_stderr(io.StringIO()):
+            results = lm_eval.evaluate(
+                lm=lm._harness,
+                task_dict={subtask: tasks[subtask]},
+                limit=count,
+                log_samples=True,
+                bootstrap_iters=0,
+                verbosity="ERROR",
+            )
+        samples = [s for s in results["samples"][subtask] if s["filter"] == about.get("filter", s["filter"])]
+        for sample in sorted(samples, key=lambda s: s["doc_id"]):
+            place = str(sample["doc"].get("id", sample["doc_id"]))
+            items.append(_item(sample, about["metric"], place if len(tasks) == 1 else f"{subtask}/{place}"))
+    return items

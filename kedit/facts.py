@@ -214,6 +214,7 @@ def _zsre(raw: dict[str, Any]) -> EditRequest:
 
 
 def _read(path: str | Path, convert: Callable[[dict], EditRequest]) -> tuple[EditRequest, ...]:
+    """The records of a JSON file."""
     path = Path(path)
     try:
         raws = json.loads(path.read_text())
@@ -223,6 +224,10 @@ def _read(path: str | Path, convert: Callable[[dict], EditRequest]) -> tuple[Edi
         raise KeditError(f"edit set {path} is not JSON ({error}).") from error
     if not isinstance(raws, list):
         raise KeditError(f"edit set {path} holds a {type(raws).__name__}; it must be a JSON list of records.")
+    return _converted(raws, str(path), convert)
+
+
+def _converted(raws: Iterable[Any], where: str, convert: Callable[[dict], EditRequest]) -> tuple[EditRequest, ...]:
     records, unusable = [], []
     for index, raw in enumerate(raws):
         try:
@@ -230,11 +235,11 @@ def _read(path: str | Path, convert: Callable[[dict], EditRequest]) -> tuple[Edi
         except Unchanged:
             unusable.append(index)
         except KeyError as error:
-            raise KeditError(f"{path}, record {index}: key {error} is missing.") from error
+            raise KeditError(f"{where}, record {index}: key {error} is missing.") from error
         except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise KeditError(f"{path}, record {index}: {error}.") from error
+            raise KeditError(f"{where}, record {index}: {error}.") from error
     if unusable:
-        log.warning("%s: left out records whose new object is the old one: %s", path, unusable)
+        log.warning("%s: left out records whose new object is the old one: %s", where, unusable)
     return tuple(records)
 
 
@@ -268,17 +273,72 @@ SETS: dict[str, Callable[..., tuple[EditRequest, ...]]] = {
     "counterfact": counterfact,
     "zsre": zsre,
 }
+FILES = {
+    # as the study's toolkit names them (its edit split first), then as the original release does
+    "counterfact": ("counterfact-edit*.json", "counterfact.json"),
+    "zsre": ("zsre_mend_eval*.json",),
+}
+"""File names of published sets in a mirror's ``edits`` folder."""
+HUB = {"counterfact": "azhx/counterfact"}
+"""Published sets on the hub: CounterFact in its original schema, split train, whose order is not the study's."""
+
+
+def located(name: str) -> Path | None:
+    """A published set's file in ``edits`` within or beside the folder that ``KEDIT_MIRROR`` names, None if unset.
+
+    Raises:
+        KeditError: there is a mirror, and the set is not there.
+    """
+    from kedit import hub
+
+    if (mirror := hub.mirror()) is None:
+        return None
+    for folder in (mirror / "edits", mirror.parent / "edits"):
+        for pattern in FILES[name]:
+            if found := sorted(folder.glob(pattern)):
+                return found[0]
+    raise KeditError(
+        f"edit set {name!r}: KEDIT_MIRROR has no edits/{FILES[name][0]} within or beside it; put the file there, or "
+        "give edit_set.path."
+    )
+
+
+def at_hand(name: str, path: str | None = None, **_: Any) -> bool:
+    """Whether a set can be read without network: bundled, given by path, or in the mirror."""
+    return name not in FILES or path is not None or located(name) is not None
 
 
 def load(name: str, split: str = "edit", path: str | None = None) -> tuple[EditRequest, ...]:
-    """An edit set by name: ``bundled`` and ``bundled-zsre`` take a split, the published ones a path."""
+    """An edit set by name: ``bundled`` and ``bundled-zsre`` take a split, the published ones a path.
+
+    Without a path a published set comes from ``KEDIT_MIRROR``, else from the hub where it is there.
+
+    Raises:
+        KeditError: no such set, or it cannot be had or read.
+    """
     if name not in SETS:
         raise KeditError(f"edit set {name!r} does not exist; use one of {', '.join(SETS)}.")
     if name.startswith("bundled"):
         return SETS[name](split)
-    if path is None:
-        raise KeditError(f"edit set {name!r} needs a path to its JSON file.")
-    return SETS[name](path)
+    if path or (path := located(name)):
+        return SETS[name](path)
+    if name not in HUB:
+        raise KeditError(f"edit set {name!r} is not on the hub; give edit_set.path, or set KEDIT_MIRROR.")
+    return _from_hub(name)
+
+
+@cache
+def _from_hub(name: str) -> tuple[EditRequest, ...]:
+    import datasets
+
+    from kedit import hub
+
+    source = hub.dataset(HUB[name])
+    try:
+        rows = datasets.load_dataset(source, split="train")
+    except (OSError, ValueError) as error:
+        raise KeditError(f"edit set {name!r} cannot be read from the hub's {source} ({error}).") from error
+    return _converted(rows, source, {"counterfact": _counterfact}[name])
 
 
 def ordered(requests: Iterable[EditRequest], order: int) -> list[EditRequest]:

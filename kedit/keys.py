@@ -8,7 +8,7 @@ import bz2
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,6 +192,30 @@ def _wikipedia_sample() -> list[str]:
     return articles
 
 
+WIKIPEDIA = ("wikimedia/wikipedia", "20231101.en")
+"""Hub id and snapshot of ``wikipedia``; the study's 20200501.en is no longer offered without remote code."""
+
+
+def _wikipedia(lm: LM, wanted: int) -> Iterator[list[int]]:
+    """One sequence from the beginning of each long enough article, shuffled by a fixed seed, streamed."""
+    import datasets
+
+    from kedit import hub
+
+    source = hub.dataset(WIKIPEDIA[0])
+    body, found = SEQUENCE - len(lm.begin), 0
+    for article in datasets.load_dataset(source, WIKIPEDIA[1], split="train", streaming=True).shuffle(
+        seed=1, buffer_size=10_000
+    ):
+        ids = lm.encode(article["text"][: 16 * SEQUENCE])[:body]
+        if len(ids) == body:
+            yield [*lm.begin, *ids]
+            found += 1
+            if found == wanted:
+                return
+    raise KeditError(f"statistics text 'wikipedia' has {found} articles of {SEQUENCE} tokens, fewer than {wanted}.")
+
+
 def corpus(name: str) -> list[str]:
     """Documents of a text: ``wikipedia-sample``, or the path of a UTF-8 file (one document)."""
     if name == "wikipedia-sample":
@@ -204,12 +228,16 @@ def corpus(name: str) -> list[str]:
         ) from error
 
 
-def sequences(lm: LM, name: str, tokens: int) -> list[list[int]]:
+def sequences(lm: LM, name: str, tokens: int) -> Iterable[list[int]]:
     """Cut a text into sequences of 512 tokens, begin token included, taking documents in turn.
+
+    Of ``wikipedia``, which is streamed from the hub, each article gives one.
 
     Raises:
         KeditError: the text holds fewer tokens than asked for.
     """
+    if name == "wikipedia":
+        return _wikipedia(lm, -(-tokens // SEQUENCE))
     body = SEQUENCE - len(lm.begin)
     documents = [lm.encode(document) for document in corpus(name)]
     pieces = [
@@ -257,6 +285,8 @@ class Statistics:
 
     @cached_property
     def _text_hash(self) -> str:
+        if self.text == "wikipedia":
+            return "-".join(WIKIPEDIA).replace("/", "-")
         if self.text == "wikipedia-sample":
             import importlib.metadata
 
@@ -288,18 +318,19 @@ class Statistics:
         lm = self.lm
         if lm.journal.edits:
             raise RuntimeError("second moments belong to the unedited model; undo the edits first")
-        texts = sequences(lm, self.text, self.tokens)
+        texts, read = sequences(lm, self.text, self.tokens), 0
         sums = dict.fromkeys(layers, 0.0)
         sites = {str(layer): lm.anatomy.down(layer) for layer in layers}
         last = lm.anatomy.blocks[max(layers)]
         for text in tqdm(texts, desc=f"second moments, layers {list(layers)}", unit="seq", mininterval=1):
             with capture(sites, inputs=True) as seen, stop_after(last):
                 lm.anatomy.base(input_ids=torch.tensor([text], device=lm.device), use_cache=False)
+            read += len(text)
             for layer in layers:
                 keys = seen[str(layer)][0].float()
                 sums[layer] += (keys.T @ keys).double()
         for layer in layers:
-            moment = (sums[layer] / (len(texts) * SEQUENCE)).float().cpu()
+            moment = (sums[layer] / read).float().cpu()
             self._moments[layer] = moment
             path = self._path(layer)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -135,8 +135,19 @@ class Params:
         _check_mapping(params.edit_set, {"name": str, "split": str, "path": str}, "edit_set", where)
         if params.statistics.get("tokens", 1) < 1:
             raise KeditError(f"{where}: statistics.tokens must be 1 or more.")
-        params.requests(0, where)
+        params.check_edit_set(where)
         return params
+
+    def check_edit_set(self, where: str = "parameters") -> None:
+        """Read the edit set if that needs no network; what is to be fetched first is checked by a run."""
+        from kedit import facts
+
+        try:
+            wait = self.edit_set.get("name") in facts.SETS and not facts.at_hand(**self.edit_set)
+        except KeditError:  # a mirror without the set: a run will say so
+            wait = True
+        if not wait:
+            self.requests(0, where)
 
     def requests(self, order: int, where: str = "parameters") -> list:
         """The edits of one order, as many as the grid needs."""

@@ -25,7 +25,7 @@ def harness(smollm2):
 def test_same_answers_as_lm_evals_hf_model(smollm2, harness, name):
     found = evaluate(smollm2, name, LIMIT)
     reference = lm_evaluate(
-        lm=harness, task_dict={name: benchmarks.task(name)}, limit=LIMIT, bootstrap_iters=0, verbosity="ERROR"
+        lm=harness, task_dict=benchmarks.tasks(name), limit=LIMIT, bootstrap_iters=0, verbosity="ERROR"
     )
     about = benchmarks.metadata(name)
     samples = [s for s in reference["samples"][name] if s["filter"] == about.get("filter", s["filter"])]
@@ -40,7 +40,7 @@ def test_same_answers_as_lm_evals_hf_model(smollm2, harness, name):
 
 @pytest.mark.parametrize("name", benchmarks.SUITES["mini"])
 def test_items_are_many_unique_and_balanced(name):
-    task, about = benchmarks.task(name), benchmarks.metadata(name)
+    task, about = benchmarks.tasks(name)[name], benchmarks.metadata(name)
     docs = list(task.test_docs())
     assert len(docs) >= 100
     assert len({str(doc["id"]) for doc in docs}) == len(docs)

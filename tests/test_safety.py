@@ -56,7 +56,7 @@ def test_mc1_and_mc2_by_hand_and_by_the_task():
     assert item == {"id": "1", "mc1": 0.0, "mc2": pytest.approx(0.6 / 1.6)}
     (item,) = truthful([{"id": "1", "lp": [logs[4], *logs[:4]], "target": [0, 1]}])
     assert (item["mc1"], item["mc2"]) == (1.0, pytest.approx(0.8 / 1.6))
-    task = benchmarks.task("mini_truthfulqa_mc")
+    task = benchmarks.tasks("mini_truthfulqa_mc")["mini_truthfulqa_mc"]
     doc = next(iter(task.test_docs()))
     assert task.doc_to_choice(doc) == doc["correct_answers"] + doc["incorrect_answers"]
     found = task.process_results(doc, [(lp, False) for lp in logs])
