@@ -333,7 +333,10 @@ class Statistics:
 
         if layer not in self._factors:
             self._factors[layer] = self._derived(layer, "cholesky", factorise)["factor"]
-        return torch.cholesky_solve(keys.double(), self._factors[layer])
+        # cholesky_solve would copy the factor each time
+        lower = self._factors[layer]
+        half = torch.linalg.solve_triangular(lower, keys.double(), upper=False)
+        return torch.linalg.solve_triangular(lower.T, half, upper=True)
 
     def spectrum(self, layer: int) -> tuple[Tensor, Tensor]:
         """Eigenvalues (m,) of C, the smallest first, and its eigenvectors as columns (m, m), float64."""
