@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 all list plan figures verify tables test lint pytest nbval lab clean
+.PHONY: help rq1 all list plan figures verify tables bench test lint pytest nbval lab clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ verify: $(READY) ## compare the last run of rq1 with the committed reference  PA
 
 tables: $(READY) ## measure the README's tables again (hours, if nothing is stored)
 	$(PY) -m kedit tables
+
+bench: $(READY) ## time the fast paths against the plain ones, at most ten minutes  KEDIT_MIRROR=...
+	OMP_NUM_THREADS=1 $(PY) -m kedit bench
 
 test: lint pytest nbval ## ruff, pytest and the notebooks' outputs
 

@@ -95,6 +95,13 @@ def _train(args: argparse.Namespace) -> None:
     print("made", os.path.relpath(path, kedit.ROOT))
 
 
+def _bench(args: argparse.Namespace) -> None:
+    from kedit.bench import bench
+
+    for path in bench(args.sections, args.edits):
+        print("made", path.relative_to(kedit.ROOT))
+
+
 def _figures(args: argparse.Namespace) -> None:
     from kedit.report import redraw
 
@@ -140,6 +147,10 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("settings", nargs="*", help="such as layer=[3,5,7]")
     command.add_argument("--records", type=int, default=20)
     command.set_defaults(function=_scan)
+    command = commands.add_parser("bench", help="time the fast paths against the plain ones")
+    command.add_argument("sections", nargs="*", help="only these, shown and not written")
+    command.add_argument("--edits", type=int, help="length of the sequences of the section flat")
+    command.set_defaults(function=_bench)
     command = commands.add_parser("train", help="train a method that needs it, and write what it learned to kedit/data")
     command.add_argument("method", choices=["mend", "serac"])
     command.add_argument("--model", default="smollm2-135m-instruct")

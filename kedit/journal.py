@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 FORMAT = 2
 """How saved edits are written; raise it when that changes, and stored trajectories begin anew."""
 
+ROWS = 64
+"""Rows of a weight that are written together."""
+
 
 class EditFailed(Exception):
     """An editor found no update it could write (for example a non-finite one); the model is as before."""
@@ -60,8 +63,10 @@ class LowRank(Change):
         """Add the product to the model's weight."""
         from kedit.models import matrix
 
-        weight = matrix(lm.model.get_submodule(self.module))
-        weight += (self.left.double() @ self.right.double().T).to(weight)
+        weight, right = matrix(lm.model.get_submodule(self.module)), self.right.double().T
+        # some rows at a time: a float64 matrix as large as W would be the largest thing that an edit allocates
+        for rows, left in zip(weight.split(ROWS), self.left.double().split(ROWS), strict=True):
+            rows += (left @ right).to(rows)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import bz2
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ import kedit
 from kedit import KeditError
 from kedit.facts import EditRequest
 from kedit.models import LM
+from kedit.store import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -256,9 +257,10 @@ def sequences(lm: LM, name: str, tokens: int) -> Iterable[list[int]]:
 class Statistics:
     """Second moments of a model's keys, C = mean of k k^T over a text, one (m, m) matrix a layer.
 
-    Computed on the unedited model in one pass for all layers asked for, kept on disk by the
-    fingerprint of model and text, factorised once in float64. A ready-made set of matrices can be
-    given instead (``moments``), to compare with another implementation on identical inputs.
+    Computed on the unedited model in one pass for all layers asked for, and kept on disk by the
+    fingerprint of model and text. So are its Cholesky factor and its eigenvectors, in float64: what costs
+    m^3 is paid once for a model and a layer, not once an edit or a process. A ready-made set of matrices
+    can be given instead (``moments``), to compare with another implementation on identical inputs.
     """
 
     def __init__(
@@ -293,15 +295,10 @@ class Statistics:
             return f"gensim-{importlib.metadata.version('gensim')}"
         return hashlib.sha256("\x1e".join(corpus(self.text)).encode()).hexdigest()[:16]
 
-    def _path(self, layer: int) -> Path:
+    def _path(self, layer: int, kind: str = "") -> Path:
         name = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(self.text).name)
-        return (
-            kedit.CACHE
-            / "moments"
-            / self.lm.fingerprint
-            / f"{name}-{self._text_hash}-{self.tokens}"
-            / f"{layer}.safetensors"
-        )
+        folder = kedit.CACHE / "moments" / self.lm.fingerprint / f"{name}-{self._text_hash}-{self.tokens}"
+        return folder / f"{layer}{kind and '-' + kind}.safetensors"
 
     def prepare(self, layers: Sequence[int]) -> None:
         """Have the second moments of these layers ready, from disk or by one pass over the text."""
@@ -332,16 +329,22 @@ class Statistics:
         for layer in layers:
             moment = (sums[layer] / read).float().cpu()
             self._moments[layer] = moment
-            path = self._path(layer)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            safetensors.torch.save_file({"moment": moment}, temporary)
-            temporary.replace(path)
+            write_atomic(self._path(layer), safetensors.torch.save({"moment": moment}))
 
     def moment(self, layer: int) -> Tensor:
         """C of a layer, (m, m) float64."""
         self.prepare([layer])
         return self._moments[layer].double()
+
+    def _derived(self, layer: int, kind: str, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What costs m^3 and depends on C alone: from disk, or computed now and put there."""
+        path = None if self._given else self._path(layer, kind)
+        if path and path.exists():
+            return safetensors.torch.load_file(path, device=str(self.lm.device))
+        found = compute(self.moment(layer).to(self.lm.device))
+        if path:
+            write_atomic(path, safetensors.torch.save(found))
+        return found
 
     def solve(self, layer: int, keys: Tensor) -> Tensor:
         """C^-1 K in float64 by the layer's Cholesky factor; keys (m, n) -> (m, n).
@@ -349,12 +352,29 @@ class Statistics:
         Raises:
             KeditError: C is singular, because the text has too few tokens for m.
         """
-        if layer not in self._factors:
-            factor, info = torch.linalg.cholesky_ex(self.moment(layer))
+
+        def factorise(moment: Tensor) -> dict[str, Tensor]:
+            factor, info = torch.linalg.cholesky_ex(moment)
             if info:
                 raise KeditError(
                     f"the second moment of layer {layer} is singular: {self.tokens} tokens of {self.text} are too few; "
                     "raise statistics.tokens."
                 )
-            self._factors[layer] = factor
-        return torch.cholesky_solve(keys.double(), self._factors[layer])
+            return {"factor": factor.contiguous()}
+
+        if layer not in self._factors:
+            self._factors[layer] = self._derived(layer, "cholesky", factorise)["factor"]
+        # cholesky_solve would copy the factor each time
+        lower = self._factors[layer]
+        half = torch.linalg.solve_triangular(lower, keys.double(), upper=False)
+        return torch.linalg.solve_triangular(lower.T, half, upper=True)
+
+    def spectrum(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (m,) of C, the smallest first, and its eigenvectors as columns (m, m), float64."""
+
+        def decompose(moment: Tensor) -> dict[str, Tensor]:
+            values, vectors = torch.linalg.eigh(moment)
+            return {"values": values, "vectors": vectors.contiguous()}
+
+        found = self._derived(layer, "spectrum", decompose)
+        return found["values"], found["vectors"]

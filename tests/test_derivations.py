@@ -1,8 +1,10 @@
 """Each weight editor against a dense derivation in float64, on all four architectures."""
 
+import plain
 import pytest
 import torch
 from conftest import CONTEXTS, HPARAMS, REQUEST
+from plain import weights
 
 import kedit
 from kedit import EditRequest
@@ -10,10 +12,6 @@ from kedit.editors.kn import attributions
 from kedit.keys import activations, row, rows
 from kedit.models import matrix
 from kedit.values import search
-
-
-def weights(lm, layers):
-    return {layer: matrix(lm.anatomy.down(layer)).double().clone() for layer in layers}
 
 
 def close(found, expected, tolerance=1e-4):
@@ -58,8 +56,8 @@ def test_memit_is_the_normal_equations(lm, statistics, moments):
         keys = activations(lm, texts, [layer], "key")[layer].double()
         key = (keys[0] + keys[1:].mean(0)) / 2
         left = goal - activations(lm, texts[:1], [last], "block")[last][0].double()
-        system = hparams["weight"] * moments[layer].double() + torch.outer(key, key)
-        expected[layer] = torch.outer(left / (len(layers) - position), torch.linalg.solve(system, key))
+        solved = plain.ridge(moments[layer], hparams["weight"], key[:, None])
+        expected[layer] = (left / (len(layers) - position))[:, None] @ solved.T
         matrix(lm.anatomy.down(layer)).copy_(olds[layer] + expected[layer])
     for layer in layers:
         matrix(lm.anatomy.down(layer)).copy_(olds[layer])
@@ -92,7 +90,7 @@ def mean_key(lm, texts, layer):
 
 
 def test_alphaedit_is_the_projected_system(lm, statistics, moments):
-    """Two edits in a row: X solves (P (K K^T + M) + L2 I) X = P K R^T with dense, unsymmetric matrices."""
+    """Three edits in a row: X solves (P (K K^T + M) + L2 I) X = P K R^T with dense, unsymmetric matrices."""
     hparams = HPARAMS["alphaedit"]
     editor = kedit.editor("alphaedit", lm, hparams=hparams, statistics=statistics(lm), contexts=CONTEXTS)
     projections = {}
@@ -103,7 +101,7 @@ def test_alphaedit_is_the_projected_system(lm, statistics, moments):
         projections[layer] = vectors[:, small] @ vectors[:, small].T
     held = dict.fromkeys(hparams["layers"], 0.0)
     identity = torch.eye(len(projections[1]), dtype=torch.float64)
-    for subject in ("France", "Peru"):
+    for subject in ("France", "Peru", "Spain"):
         request = EditRequest("The capital city of {}", subject, "Rome", "Paris")
         texts = rows(lm, request, CONTEXTS)
         start = activations(lm, texts[:1], [2], "block")[2][0].double()
@@ -112,9 +110,8 @@ def test_alphaedit_is_the_projected_system(lm, statistics, moments):
         for position, layer in enumerate(hparams["layers"]):
             key, projection = mean_key(lm, texts, layer), projections[layer]
             left = (goal - activations(lm, texts[:1], [2], "block")[2][0].double()) / (2 - position)
-            system = projection @ (torch.outer(key, key) + held[layer]) + hparams["ridge"] * identity
-            solved = torch.linalg.solve(system, projection @ torch.outer(key, left))
-            matrix(lm.anatomy.down(layer)).copy_(olds[layer] + solved.T)
+            solved = plain.null_space(projection, held[layer], hparams["ridge"], key[:, None])
+            matrix(lm.anatomy.down(layer)).copy_(olds[layer] + left[:, None] @ solved.T)
         expected = weights(lm, hparams["layers"])
         for layer, old in olds.items():
             matrix(lm.anatomy.down(layer)).copy_(old)
@@ -134,8 +131,8 @@ def test_pmet_is_the_normal_equations_of_the_mlp_alone(lm, statistics, moments):
     editor = kedit.editor("pmet", lm, hparams=hparams, statistics=statistics(lm), contexts=CONTEXTS)
     texts = rows(lm, REQUEST, CONTEXTS)
     olds, deltas = weights(lm, hparams["layers"]), []
-    plain = editor._search
-    editor._search = lambda *args: deltas.append(plain(*args)) or deltas[-1]
+    unheard = editor._search
+    editor._search = lambda *args: deltas.append(unheard(*args)) or deltas[-1]
     edit = editor.apply(REQUEST)
     news = weights(lm, hparams["layers"])
     edit.undo()
@@ -143,8 +140,8 @@ def test_pmet_is_the_normal_equations_of_the_mlp_alone(lm, statistics, moments):
     for position, layer in enumerate(hparams["layers"]):
         key = mean_key(lm, texts, layer)
         left = goal - activations(lm, texts[:1], [2], "value")[2][0].double()
-        system = hparams["weight"] * moments[layer].double() + torch.outer(key, key)
-        expected = torch.outer(left / (2 - position) ** 0.5, torch.linalg.solve(system, key))
+        solved = plain.ridge(moments[layer], hparams["weight"], key[:, None])
+        expected = (left / (2 - position) ** 0.5)[:, None] @ solved.T
         assert close(news[layer] - olds[layer], expected)
         matrix(lm.anatomy.down(layer)).copy_(olds[layer] + expected)
 
@@ -228,6 +225,14 @@ def test_kn_attributions_sum_to_the_difference_of_probabilities(lm):
         whole = said(layer, 1.0) - said(layer, 0.0)
         assert found[layer].sum().item() == pytest.approx(whole, abs=0.02 * abs(whole) + 1e-6)
     assert found.abs().max() > 0
+
+
+def test_kn_copies_run_together_equal_one_by_one(lm, monkeypatch):
+    ids, answer = [*lm.begin, *lm.encode("The capital city of France")], lm.encode(" Rome")[0]
+    expected = plain.attributions(lm, ids, answer, 4)
+    for copies in (120, 8):  # all layers in one batch, and two layers in each
+        monkeypatch.setattr("kedit.editors.kn.ROWS", copies)
+        assert close(attributions(lm, ids, answer, 4), expected)
 
 
 def test_kn_writes_embeddings_into_the_chosen_columns(lm):

@@ -71,6 +71,26 @@ def test_solve_inverts_the_second_moment(llama, moments):
     assert torch.allclose(statistics.moment(0) @ statistics.solve(0, keys), keys.double(), atol=1e-8)
 
 
+def test_what_costs_m_cubed_is_paid_once(llama, tmp_path, monkeypatch):
+    """A fresh process finds factor and eigenvectors on disk, and solves to the same bits."""
+    monkeypatch.setattr("kedit.CACHE", tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is a town in the country of France. " * 200)
+    keys = torch.randn(48, 3)
+
+    def fresh():
+        statistics = Statistics(llama, str(text), 2 * SEQUENCE)
+        moment = statistics.moment(1)
+        statistics._moments[1] += 1e-3 * torch.eye(len(moment))  # few tokens, all alike, leave C singular
+        return statistics.solve(1, keys), *statistics.spectrum(1)
+
+    first = fresh()
+    for name in ("cholesky_ex", "eigh"):
+        monkeypatch.setattr(torch.linalg, name, None)
+    for found, expected in zip(fresh(), first, strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_too_little_text_is_one_sentence(llama, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("short")

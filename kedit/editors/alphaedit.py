@@ -31,12 +31,48 @@ class Hparams(memit.Hparams):
     ridge: float = 10.0
 
 
+class Held(Memory):
+    """Keys of earlier edits, (layers, m) each, and what the next edit needs of them.
+
+    For each layer those keys in the basis of the null space, (r, n), and the Cholesky factor (n, n) of
+    L2 I + their Gram matrix, which grows by a row an edit.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: dict[int, Tensor] = {}
+        self.factors: dict[int, Tensor] = {}
+
+    def clear(self) -> None:
+        """Forget all."""
+        super().clear()
+        self.inside.clear()
+        self.factors.clear()
+
+    def read(self, place: int, basis: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+        """Keys of the layer at ``place`` within the basis, and the factor, brought up to the last edit."""
+        known = self.inside.get(place, basis.new_zeros(basis.shape[1], 0))
+        factor = self.factors.get(place, basis.new_zeros(0, 0))
+        for entry in self.entries[known.shape[1] :]:
+            known, factor = grown(known, factor, basis.T @ entry["keys"][place].to(basis), ridge)
+        self.inside[place], self.factors[place] = known, factor
+        return known, factor
+
+
+def grown(known: Tensor, factor: Tensor, key: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """One key more: keys (r, n + 1) and the Cholesky factor of ridge I + their Gram matrix."""
+    across = torch.linalg.solve_triangular(factor, (known.T @ key)[:, None], upper=False)
+    corner = (ridge + key @ key - across.square().sum()).sqrt().view(1, 1)
+    factor = torch.cat([torch.nn.functional.pad(factor, (0, 1)), torch.cat([across.T, corner], 1)])
+    return torch.cat([known, key[:, None]], 1), factor
+
+
 class AlphaEdit(memit.MEMIT):
     """Per layer: W gains R K^T P (K K^T P + M P + L2 I)^-1, P = U U^T (eq. 14), M of earlier edits' keys.
 
     In the basis U this is the symmetric system (U^T (K K^T + M) U + L2 I) Y = U^T K. Its matrix is a
     multiple of the identity plus one rank for every edit so far, so Woodbury's identity needs a factor
-    of the size of their number only.
+    of the size of their number only, and that is the last edit's with one row more.
     """
 
     name = "alphaedit"
@@ -44,14 +80,14 @@ class AlphaEdit(memit.MEMIT):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.memory = Memory()  # keys of earlier edits, (layers, m) each
+        self.memory = Held()
         self.lm.journal.attach(self.name, self.memory)
         self._bases: dict[int, Tensor] = {}
 
     def basis(self, layer: int) -> Tensor:
         """U, an orthonormal basis of the null space: (m, r) float64."""
         if layer not in self._bases:
-            values, vectors = torch.linalg.eigh(self.statistics.moment(layer))  # smallest first
+            values, vectors = self.statistics.spectrum(layer)
             if self.hparams.threshold is not None:
                 rank = int((values < self.hparams.threshold).sum())
             else:
@@ -61,11 +97,11 @@ class AlphaEdit(memit.MEMIT):
 
     def _gain(self, layer: int, keys: Tensor) -> Tensor:
         basis, ridge = self.basis(layer), self.hparams.ridge
-        place = self.hparams.layers.index(layer)
-        old = [entry["keys"][place][:, None].double() for entry in self.memory.entries]
-        inside, known = basis.T @ keys, basis.T @ torch.cat([*old, keys], 1)
-        inner = ridge * torch.eye(known.shape[1], dtype=torch.float64, device=keys.device) + known.T @ known
-        solved = torch.cholesky_solve(known.T @ inside, torch.linalg.cholesky(inner))
+        inside = basis.T @ keys
+        known, factor = self.memory.read(self.hparams.layers.index(layer), basis, ridge)
+        for key in inside.T:
+            known, factor = grown(known, factor, key, ridge)
+        solved = torch.cholesky_solve(known.T @ inside, factor)
         return basis @ (inside - known @ solved) / ridge
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:

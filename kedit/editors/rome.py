@@ -81,7 +81,7 @@ class ROME(Editor):
         target = lm.encode(spaced(request.target_new, request.prompt))
         found = search(lm, texts, row(lm, "{} is a", request.subject), target, output, hp.search)
         aligned = key @ direction
-        moved = matrix(down).double() @ (key - keys[0])  # what W k is beyond the bare prompt's output
+        moved = (matrix(down) @ (key - keys[0]).to(output)).double()  # what W k is beyond the bare prompt's output
         residual = (found.delta.double() - moved) / aligned
         if not torch.isfinite(residual).all():
             raise EditFailed("the update is not finite")

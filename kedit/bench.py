@@ -1,0 +1,543 @@
+"""``make bench``: what the fast paths buy, as ratios of two things measured in one process.
+
+Each row times a plain way and kedit's way alternately, on one thread, and gives the medians, the ratio
+and how far the results are apart. The plain versions are those that the tests compare with
+(tests/plain.py), lm-eval's own ``hf`` model, or editing from scratch for each number of edits. Beside the
+times stand the floating-point operations counted in an extra pass, and the rate they amount to as a
+share of what a large matrix product reaches here. Torch counts no factorisations, so solves have none.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import kedit
+from kedit import KeditError, benchmarks, facts
+from kedit.editors import Editor
+from kedit.facts import EditRequest, spaced
+from kedit.journal import EditFailed
+from kedit.keys import Statistics, activations, row, rows
+from kedit.models import LM
+from kedit.store import write_atomic
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured on, and how much of it.
+
+    Attributes:
+        hparams: by method, for a model that params/methods knows not.
+        steps: of each search, and of the integral of KN.
+        repeats: timed runs of each side; long ones are run once.
+        edits: in the sequences whose first and last sixths are compared.
+        items: of a mini benchmark; ``real`` of MMLU and GSM8K.
+    """
+
+    lm: LM
+    statistics: Statistics
+    requests: Sequence[EditRequest]
+    hparams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    steps: int = 4
+    repeats: int = 3
+    edits: int = 60
+    items: int = 24
+    real: Mapping[str, int] = field(default_factory=lambda: {"mmlu": 16, "gsm8k": 12})
+
+    def editor(self, name: str, **hparams: Any) -> Editor:
+        """An editor ready to edit."""
+        given = {**self.hparams.get(name, {}), **hparams}
+        editor = kedit.editor(name, self.lm, hparams=given, statistics=self.statistics)
+        editor.prepare()
+        return editor
+
+    @property
+    def request(self) -> EditRequest:
+        """The request of median length."""
+        return sorted(self.requests, key=lambda r: len(self.lm.encode(r.text)))[len(self.requests) // 2]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two ways to the same result, and how far apart two results are.
+
+    Long ones are repeated once. Where an extra pass of the plain way would take too long, ``count`` estimates
+    its floating-point operations; with ``counted`` off there are none.
+    """
+
+    section: str
+    what: str
+    against: str
+    plain: Run
+    fast: Run
+    apart: Callable[[Any, Any], float] | None = None
+    bar: float | None = None
+    repeats: int | None = None
+    count: Callable[[], int] | None = None
+    counted: bool = True
+
+
+def plain_versions() -> ModuleType:
+    """tests/plain.py of this checkout."""
+    sys.path.insert(0, str(kedit.ROOT / "tests"))
+    try:
+        return import_module("plain")
+    finally:
+        sys.path.pop(0)
+
+
+@cache
+def flops(run: Run) -> tuple[Any, int]:
+    """A result and the floating-point operations that torch counts on the way to it."""
+    with FlopCounterMode(display=False) as counter:
+        found = run()
+    return found, counter.get_total_flops()
+
+
+def seconds(run: Run) -> float:
+    """Wall time of a run."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak(size: int = 1024, repeats: int = 10) -> float:
+    """Operations a second in a large float32 matrix product, the best of some."""
+    left, right = torch.randn(2, size, size)
+    return 2 * size**3 / min(seconds(lambda: left @ right) for _ in range(repeats))
+
+
+def relative(plain: torch.Tensor, fast: torch.Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return ((fast - plain).norm() / plain.norm()).item()
+
+
+def measured(case: Case, repeats: int, best: float) -> dict[str, Any]:
+    """One row of the table."""
+    repeats = case.repeats or repeats
+    operations = {"plain": 0, "fast": 0}
+    if case.counted:  # these passes warm up, too
+        operations["fast"] = flops(case.fast)[1]
+        operations["plain"] = case.count() if case.count else flops(case.plain)[1]
+    times: dict[str, list[float]] = {"plain": [], "fast": []}
+    found: dict[str, Any] = {}
+    for _ in range(repeats):
+        for side, run in (("plain", case.plain), ("fast", case.fast)):
+            start = time.perf_counter()
+            found[side] = run()
+            times[side].append(time.perf_counter() - start)
+    slow, quick = median(times["plain"]), median(times["fast"])
+    return {
+        "section": case.section,
+        "what": case.what,
+        "against": case.against,
+        "unit": "s",
+        "plain": slow,
+        "fast": quick,
+        "ratio": slow / quick,
+        "bar": case.bar,
+        "repeats": repeats,
+        "plain_gflop": operations["plain"] / 1e9 or None,
+        "fast_gflop": operations["fast"] / 1e9 or None,
+        "plain_share_of_peak": operations["plain"] / slow / best or None,
+        "fast_share_of_peak": operations["fast"] / quick / best or None,
+        "apart": case.apart(found["plain"], found["fast"]) if case.apart else None,
+    }
+
+
+# Searches, threads, solves, neurons -------------------------------------------------------------------
+
+
+def searches(setting: Setting) -> Iterator[Case]:
+    """v* of ROME and z of MEMIT, with 21 templates and with as many as the parameter file says."""
+    from kedit.values import search
+
+    plain, lm, request = plain_versions(), setting.lm, setting.request
+    for name, at in (("rome", "value"), ("memit", "block")):
+        for contexts in ({"contexts": ((5, 10), (10, 10))}, {}):
+            editor = setting.editor(name, **contexts)
+            settings = replace(editor.hparams.search, steps=setting.steps)
+            texts = rows(lm, request, editor.contexts)
+            target = lm.encode(spaced(request.target_new, request.prompt))
+            start = activations(lm, texts[:1], [settings.layer], at)[settings.layer][0]
+            given = (lm, texts, row(lm, "{} is a", request.subject), target, start, settings)
+            yield Case(
+                "search",
+                f"{name.upper()}, {len(texts)} templates, {setting.steps} steps",
+                "every row in full",
+                lambda given=given: plain.search(*given)[0],
+                lambda given=given: search(*given).delta,
+                relative,
+                bar=4.0,
+            )
+
+
+def threads(setting: Setting) -> Iterator[Case]:
+    """An edit on one thread and on two; everything else here runs on one."""
+    editor = setting.editor("rome", steps=setting.steps)
+
+    def edit(count: int) -> torch.Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            edit = editor.apply(setting.request)
+        finally:
+            torch.set_num_threads(before)
+        edit.undo()
+        return edit.changes[0].left
+
+    yield Case(
+        "threads",
+        "ROME edit, 2 threads",
+        "1 thread",
+        lambda: edit(1),
+        lambda: edit(2),
+        relative,
+        repeats=1,  # on a busy machine two threads wait for each other at every product
+        counted=False,
+    )
+
+
+def solves(setting: Setting) -> Iterator[Case]:
+    """The linear algebra of one layer of one edit: MEMIT's (and PMET's), and AlphaEdit's after fifty edits."""
+    plain, statistics = plain_versions(), setting.statistics
+    generator = torch.Generator().manual_seed(0)
+    memit, alphaedit = setting.editor("memit"), setting.editor("alphaedit")
+    layer = memit.hparams.layers[0]
+    weight, moment = memit.hparams.weight, statistics.moment(layer)
+    root = torch.linalg.cholesky(moment)  # keys drawn with the second moment C
+    key = root @ torch.randn(len(moment), 1, generator=generator, dtype=torch.float64)
+    memit._gain(layer, key)  # the factor is there once for a model and layer
+    yield Case(
+        "solves",
+        f"MEMIT and PMET, one layer, m = {len(moment)}: Cholesky and Woodbury",
+        "dense solve",
+        lambda: plain.ridge(moment, weight, key),
+        lambda: memit._gain(layer, key),
+        relative,
+        counted=False,
+    )
+    layer, l2 = alphaedit.hparams.layers[0], alphaedit.hparams.ridge
+    basis = alphaedit.basis(layer)
+    old = root @ torch.randn(len(moment), 50, generator=generator, dtype=torch.float64)
+    held = old @ old.T
+    for one in old.T:
+        alphaedit.memory.add({"keys": one.expand(len(alphaedit.hparams.layers), -1)})
+    projection = basis @ basis.T
+    yield Case(
+        "solves",
+        f"AlphaEdit, one layer, r = {basis.shape[1]}: in the null space's basis",
+        "dense solve",
+        lambda: plain.null_space(projection, held, l2, key),
+        lambda: alphaedit._gain(layer, key),
+        relative,
+        counted=False,
+    )
+    alphaedit.memory.clear()
+
+
+def neurons(setting: Setting) -> Iterator[Case]:
+    """KN's attributions of one token."""
+    from kedit.editors.kn import attributions
+
+    plain, lm, request = plain_versions(), setting.lm, setting.request
+    ids = [*lm.begin, *lm.encode(request.text)]
+    given = (lm, ids, lm.encode(spaced(request.target_true, request.prompt))[0], setting.steps)
+    yield Case(
+        "neurons",
+        f"KN, {lm.layers} layers, {setting.steps} points",
+        "one scaled copy after another",
+        lambda: plain.attributions(*given),
+        lambda: attributions(*given),
+        relative,
+        repeats=1,
+    )
+
+
+# Evaluation -------------------------------------------------------------------------------------------
+
+REAL = {
+    "mmlu": ("mmlu_high_school_geography", 5, "MMLU (one subject), 5-shot"),
+    "gsm8k": ("gsm8k_cot", 8, "GSM8K, 8-shot"),
+}
+BATCH = 8
+"""Batch size of the hf model beside 1."""
+
+
+def _task(name: str, shots: int | None) -> Any:
+    """An lm-eval task, its data from the mini suite or from KEDIT_MIRROR."""
+    import lm_eval.tasks
+
+    stock = Path(lm_eval.tasks.__file__).parent / name.partition("_")[0]
+    # one folder only: indexing all of lm-eval's tasks takes minutes
+    manager = lm_eval.tasks.TaskManager(
+        include_path=str(benchmarks.MINI if shots is None else stock), include_defaults=False
+    )
+    with contextlib.chdir(os.environ.get("KEDIT_MIRROR", ".")):
+        task = manager.load([name])["tasks"][name]
+    if shots is not None:
+        task.set_config(key="num_fewshot", value=shots)
+    return task
+
+
+def _answers(model: Any, name: str, task: Any, limit: int) -> list[Any]:
+    """Each item's log-likelihoods or text; lm-eval's own progress bars are kept quiet."""
+    import lm_eval
+
+    with torch.inference_mode(), contextlib.redirect_stderr(io.StringIO()):
+        found = lm_eval.evaluate(
+            lm=model, task_dict={name: task}, limit=limit, log_samples=True, bootstrap_iters=0, verbosity="ERROR"
+        )
+    samples = {sample["doc_id"]: sample["resps"] for sample in found["samples"][name]}
+    return [
+        [answer if isinstance(answer, str) else answer[0] for (answer,) in samples[index]] for index in sorted(samples)
+    ]
+
+
+def differing(plain: list[Any], fast: list[Any]) -> float:
+    """Share of items answered differently: another text, or another choice preferred."""
+
+    def pick(answers: list[Any]) -> Any:
+        return answers if isinstance(answers[0], str) else answers.index(max(answers))
+
+    return sum(pick(one) != pick(other) for one, other in zip(plain, fast, strict=True)) / len(plain)
+
+
+def evaluations(setting: Setting) -> Iterator[Case]:
+    """lm-eval's hf model, item by item and in batches, against shared prefixes."""
+    from lm_eval.models.huggingface import HFLM
+
+    from kedit.evaluate import SharedPrefixLM
+
+    lm = setting.lm
+    ours = SharedPrefixLM(lm)
+    asked = [(name, None, f"{name} (mini)", None, setting.items) for name in ("mini_mmlu", "mini_gsm8k")]
+    if os.environ.get("KEDIT_MIRROR"):
+        asked += [(*REAL[which], count) for which, count in setting.real.items()]
+    else:
+        log.info("KEDIT_MIRROR is not set: the real MMLU and GSM8K are left out")
+    for name, shots, label, bar, limit in asked:
+        task = _task(name, shots)
+
+        def fresh(name: str = name, task: Any = task, limit: int = limit) -> list[Any]:
+            lm.drafts.clear()  # what earlier runs said would make it cheaper still
+            return _answers(ours, name, task, limit)
+
+        for size in (1, BATCH):
+            harness = HFLM(
+                pretrained=lm.model, tokenizer=lm.tokenizer, backend="causal", batch_size=size, add_bos_token=True
+            )
+
+            def theirs(count: int = limit, harness: HFLM = harness, name: str = name, task: Any = task) -> list[Any]:
+                return _answers(harness, name, task, count)
+
+            yield Case(
+                "evaluation",
+                f"{label}, {limit} items",
+                f"lm-eval hf, batch size {size}",
+                theirs,
+                fresh,
+                differing,
+                bar,
+                repeats=1 if shots else None,
+                # items cost it about the same each, so two tell
+                count=(lambda theirs=theirs, limit=limit: flops(lambda: theirs(2))[1] * limit // 2) if shots else None,
+            )
+
+
+# Sequences ----------------------------------------------------------------------------------------------
+
+
+def resident() -> float:
+    """Megabytes of this process that are in memory now; not a number where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:
+        return float("nan")
+
+
+FLAT: dict[str, dict[str, Any]] = {"rome": {"steps": 2, "contexts": ()}, "grace": {"steps": 2}, "serac": {}}
+"""Methods whose cost is followed over many edits, in their cheapest setting."""
+
+
+def flat(setting: Setting, name: str, blocks: int = 6) -> list[dict[str, Any]]:
+    """Time and memory of the last sixth of a sequence of edits against the first.
+
+    Every block has as many long prompts as every other.
+    """
+    lm, editor = setting.lm, setting.editor(name, **FLAT[name])
+    some = (list(setting.requests) * (1 + setting.edits // len(setting.requests)))[: setting.edits]
+    by_length = sorted(some, key=lambda request: len(lm.encode(request.text)))
+    times, memory = [], []
+    for block in range(blocks):
+        spent = []
+        for request in by_length[block::blocks]:
+            start = time.perf_counter()
+            with contextlib.suppress(EditFailed):
+                editor.apply(request)
+            spent.append(time.perf_counter() - start)
+        times.append(median(spent))
+        memory.append(resident())
+    lm.journal.reset()
+    what, against = f"{name.upper()}, last sixth of {len(some)} edits", "first sixth"
+    shared = {"section": "flat", "what": what, "against": against, "bar": 0.9, "repeats": 1}
+    return [
+        {**shared, "unit": unit, "plain": values[0], "fast": values[-1], "ratio": values[0] / values[-1]}
+        for unit, values in (("s", times), ("MB", memory))
+    ]
+
+
+def trajectory(setting: Setting) -> Iterator[Case]:
+    """The edits and cells of the RQ1 smoke grid: one trajectory, or from scratch for each number of edits."""
+    from kedit.evaluate import evaluate
+    from kedit.study import Params
+    from kedit.success import measure
+
+    params = Params.read(kedit.ROOT / "params" / "rq1" / "smoke.yaml")
+    lm, requests = setting.lm, params.requests(0)
+    editors = [setting.editor(method.method) for method in params.methods]
+
+    def grid(from_scratch: bool) -> list[Any]:
+        found = []
+        lm.drafts.clear()
+        for editor in editors:
+            lm.journal.reset()
+            for count in (count for count in params.edits if count):
+                if from_scratch:
+                    lm.journal.reset()
+                while len(lm.journal.edits) < count:
+                    editor.apply(requests[len(lm.journal.edits)])
+                found.append(measure(lm, requests[:count]))
+                found += [evaluate(lm, name, params.limit) for name in params.benchmarks]
+        lm.journal.reset()
+        return found
+
+    yield Case(
+        "trajectory",
+        "RQ1 smoke grid, one trajectory",
+        "from scratch for each number of edits",
+        lambda: grid(True),
+        lambda: grid(False),
+        lambda plain, fast: float(plain != fast),
+        repeats=1,
+        counted=False,
+    )
+
+
+# The table ------------------------------------------------------------------------------------------------
+
+SECTIONS: dict[str, Callable[[Setting], Iterator[Case]]] = {
+    "search": searches,
+    "threads": threads,
+    "solves": solves,
+    "neurons": neurons,
+    "evaluation": evaluations,
+    "trajectory": trajectory,
+}
+
+
+def table(setting: Setting, sections: Sequence[str]) -> tuple[pd.DataFrame, float]:
+    """All rows of some sections, and the peak they are compared with.
+
+    Raises:
+        KeditError: no such section.
+    """
+    known = [*SECTIONS, "flat"]
+    for name in sections:
+        if name not in known:
+            raise KeditError(f"bench: there is no section {name!r}; use some of {', '.join(known)}.")
+    best, found = peak(), []
+    if "flat" in sections:  # first: what is left in memory by others would hide what grows
+        for name in FLAT:
+            found += flat(setting, name)
+    for name in (name for name in SECTIONS if name in sections):
+        for case in SECTIONS[name](setting):
+            found.append(measured(case, setting.repeats, best))
+            log.info("%s", {key: value for key, value in found[-1].items() if value is not None})
+    return pd.DataFrame(found), best
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """The table for readers."""
+    from kedit.report import markdown as as_markdown
+
+    def number(value: Any, form: str) -> str:
+        return "" if value is None or pd.isna(value) else form.format(value)
+
+    def pair(line: Mapping[str, Any], name: str, form: str) -> str:
+        values = [number(line.get(f"{side}_{name}"), form) for side in ("plain", "fast")]
+        return " / ".join(values) if all(values) else ""
+
+    lines = [
+        {
+            "what": line["what"],
+            "against": line["against"],
+            "before": number(line["plain"], "{:.3g} ") + line["unit"],
+            "now": number(line["fast"], "{:.3g} ") + line["unit"],
+            "ratio": number(line["ratio"], "{:.2f}"),
+            "bar": number(line["bar"], "{:.1f}"),
+            "GFLOP": pair(line, "gflop", "{:.3g}"),
+            "share of peak": pair(line, "share_of_peak", "{:.0%}"),
+            "apart": number(line.get("apart"), "{:.1e}"),
+            "repeats": line["repeats"],
+        }
+        for line in frame.to_dict("records")
+    ]
+    return as_markdown(pd.DataFrame(lines))
+
+
+NOTE = """One process, one thread; medians of repeats taken alternately. *Apart*: relative difference of the results, or
+share of items answered differently. Peak: a float32 product of 1024 x 1024 matrices, {peak:.0f} GFLOP/s here.
+"""
+
+
+def bench(sections: Sequence[str] = (), edits: int | None = None) -> list[Path]:
+    """Measure on SmolLM2; a full bench is written to figures/bench, single sections are only shown.
+
+    Args:
+        sections: all, if none is named.
+        edits: length of the sequences of section ``flat``.
+    """
+    from kedit.study import machine, versions
+
+    torch.set_num_threads(1)
+    started = time.time()
+    lm = kedit.load("smollm2-135m-instruct")
+    setting = Setting(lm, Statistics(lm), facts.bundled("edit"))
+    if edits:
+        setting = replace(setting, edits=edits)
+    frame, best = table(setting, sections or [*SECTIONS, "flat"])
+    shown = markdown(frame)
+    log.info("%s", shown)
+    if sections:
+        return []
+    manifest = {"peak_gflops": round(best / 1e9, 1), "seconds": round(time.time() - started, 1)}
+    manifest |= {"machine": machine(), "versions": versions()}
+    folder = kedit.ROOT / "figures" / "bench"
+    files = {
+        "table.csv": frame.to_csv(index=False, float_format="%.5g", lineterminator="\n"),
+        "table.md": f"{shown}\n\n{NOTE.format(peak=best / 1e9)}",
+        "manifest.json": json.dumps(manifest, indent=1) + "\n",
+    }
+    for name, text in files.items():
+        write_atomic(folder / name, text.encode())
+    return [folder / name for name in files]

@@ -1,0 +1,83 @@
+"""What kedit computes fast, computed plainly: the oracles of the tests, and the other side of ``make bench``."""
+
+import torch
+
+from kedit.keys import pad
+from kedit.models import matrix
+from kedit.values import STOP
+
+
+def search(lm, texts, kl_text, target, init, settings):
+    """Every row in full through the whole model at every step, delta put in by a hook on the MLP."""
+    full = [[*text.ids, *target[:-1]] for text in texts] + [list(kl_text.ids)]
+    places = [text.subject for text in texts] + [kl_text.subject]
+    ids, mask = pad(full, lm.device)
+    delta = torch.zeros_like(init, requires_grad=True)
+    optimiser = torch.optim.Adam([delta], lr=settings.lr)
+    before, losses = None, []
+
+    def add(_, __, output):
+        shift = torch.zeros_like(output)
+        shift[range(len(full)), places] = 1.0
+        return output + shift * delta
+
+    for step in range(settings.steps):
+        with torch.enable_grad():
+            handle = lm.anatomy.down(settings.layer).register_forward_hook(add)
+            logprobs = lm.model(ids, attention_mask=mask).logits.log_softmax(-1)
+            handle.remove()
+            nll = 0.0
+            for i, text in enumerate(texts):
+                start = len(text.ids) - 1
+                nll = nll - sum(logprobs[i, start + j, t] for j, t in enumerate(target)) / len(target)
+            now = logprobs[len(texts), kl_text.subject]
+            before = now.detach() if before is None else before
+            divergence = torch.nn.functional.kl_div(now, before, log_target=True, reduction="sum")
+            loss = nll / len(texts) + settings.kl * divergence + settings.decay * delta.norm() / init.norm() ** 2
+        losses.append(loss.item())
+        if loss < STOP or step == settings.steps - 1:
+            return delta.detach(), losses
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            delta *= min(1.0, (settings.clamp * init.norm() / delta.norm()).item())
+
+
+def ridge(moment, weight, keys):
+    """(weight C + K K^T)^-1 K with the m x m matrix formed and solved; keys (m, n) -> (m, n)."""
+    return torch.linalg.solve(weight * moment.double() + keys @ keys.T, keys)
+
+
+def null_space(projection, held, l2, keys):
+    """(P (K K^T + M) + L2 I)^-1 P K with m x m matrices that are not symmetric; keys (m, n) -> (m, n)."""
+    identity = torch.eye(len(projection), dtype=torch.float64)
+    return torch.linalg.solve(projection @ (keys @ keys.T + held) + l2 * identity, projection @ keys)
+
+
+def attributions(lm, ids, answer, steps):
+    """KN's integrated gradients, one scaled copy after another through the whole model: (layers, m)."""
+    found = []
+    for layer in range(lm.layers):
+        inner, seen = lm.anatomy.inner(layer), {}
+
+        def scale(module, args, output, seen=seen):
+            neurons = (seen["share"] * output[0, -1]).detach().requires_grad_()
+            seen["whole"], seen["neurons"] = output[0, -1].detach(), neurons
+            return torch.cat([output[:, :-1], neurons[None, None]], 1)
+
+        gradients = []
+        for share in torch.linspace(0, 1, steps):
+            seen["share"] = share
+            handle = inner.register_forward_hook(scale)
+            with torch.enable_grad():
+                said = lm.model(torch.tensor([list(ids)])).logits[0, -1].softmax(-1)[answer]
+                gradients.append(torch.autograd.grad(said, seen["neurons"])[0])
+            handle.remove()
+        found.append(seen["whole"] * torch.stack(gradients).mean(0))
+    return torch.stack(found)
+
+
+def weights(lm, layers):
+    """Copies of the second projections, layer -> (d, m) float64."""
+    return {layer: matrix(lm.anatomy.down(layer)).double().clone() for layer in layers}

@@ -1,0 +1,49 @@
+"""The bench's table on a tiny model: every part runs, and the two sides of each row agree."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import HPARAMS
+
+import kedit
+from kedit import bench, facts
+
+
+@pytest.fixture
+def setting(llama, statistics):
+    hparams = {**HPARAMS, "alphaedit": {**HPARAMS["alphaedit"], "ridge": 1.0}}
+    return bench.Setting(llama, statistics(llama), facts.bundled("edit")[:4], hparams, steps=2, repeats=2, edits=12)
+
+
+def test_rows_compare_equal_results(setting, monkeypatch):
+    monkeypatch.setattr(bench, "FLAT", {"rome": bench.FLAT["rome"], "grace": bench.FLAT["grace"]})
+    old = {name: weight.clone() for name, weight in setting.lm.model.state_dict().items()}
+    threads = torch.get_num_threads()
+    frame, peak = bench.table(setting, ["search", "threads", "solves", "neurons", "flat"])
+    assert peak > 0
+    assert torch.get_num_threads() == threads
+    assert all(torch.equal(weight, old[name]) for name, weight in setting.lm.model.state_dict().items())
+    compared = frame[frame.section != "flat"]
+    assert len(compared) == 4 + 1 + 2 + 1
+    assert (compared.apart < 1e-3).all()
+    assert (frame.ratio > 0).all()
+    # the plain search computes more: that is counted, not timed
+    searches = frame[frame.section == "search"]
+    assert (searches.plain_gflop > 2 * searches.fast_gflop).all()
+    assert bench.markdown(frame).count("\n") == len(frame) + 1
+
+
+def test_evaluation_answers_as_the_hf_model(setting, monkeypatch):
+    monkeypatch.delenv("KEDIT_MIRROR", raising=False)
+    setting.lm.tokenizer.bos_token = "<|endoftext|>"
+    cases = list(bench.evaluations(replace(setting, items=2)))
+    plain, fast = cases[1].plain(), cases[1].fast()
+    assert len(plain) == len(fast) == 2
+    assert bench.differing(plain, fast) == 0
+    assert [case.what.split()[0] for case in cases] == ["mini_mmlu", "mini_mmlu", "mini_gsm8k", "mini_gsm8k"]
+
+
+def test_an_unknown_section_is_one_sentence(setting):
+    with pytest.raises(kedit.KeditError, match="use some of search"):
+        bench.table(setting, ["speed"])
