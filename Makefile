@@ -7,16 +7,15 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
-RQ1    := $(or $(PARAMS),smollm2-135m)
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 all list plan figures verify tables bench test lint pytest nbval lab clean
+.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures verify tables bench test lint pytest nbval lab clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 $(READY): requirements.txt requirements-model.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,11 +25,19 @@ $(READY): requirements.txt requirements-model.txt
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-rq1: $(READY) ## how do abilities change with the number of edits?  PARAMS=smollm2-135m | smoke | ...
-	$(PY) -m kedit run params/rq1/$(RQ1).yaml $(if $(WORKERS),--workers $(WORKERS))
-	$(PY) -m kedit notebook params/rq1/$(RQ1).yaml
+rq1: ## how do abilities change with the number of edits?  PARAMS=smollm2-135m | smoke | ...
+rq2: ## does instruction tuning make a model more robust?  PARAMS=pico | llama2-7b | mistral-7b
+rq3: ## are larger models more robust?  PARAMS=pico | pythia
+rq4: ## are all abilities hit alike?  PARAMS=smollm2-135m | llama2-7b
+rq5: ## is an edited model still safe?  PARAMS=smollm2-135m | ...
+discussion: ## what breaks inside, and what breaks first?
+rq2 rq3: DEFAULT := pico
+rq1 rq4 rq5 discussion: DEFAULT := smollm2-135m
+rq1 rq2 rq3 rq4 rq5 discussion: $(READY)
+	$(PY) -m kedit run params/$@/$(or $(PARAMS),$(DEFAULT)).yaml $(if $(WORKERS),--workers $(WORKERS))
+	$(PY) -m kedit notebook params/$@/$(or $(PARAMS),$(DEFAULT)).yaml
 
-all: rq1 ## every question's default run
+all: rq1 rq2 rq3 rq4 rq5 discussion ## every question's default run
 
 list: $(READY) ## the parameter files
 	@$(PY) -m kedit list
@@ -41,8 +48,8 @@ plan: $(READY) ## what a run would do, cost and need, without loading a model  P
 figures: $(READY) ## redraw every figure from its committed cells, in seconds
 	$(PY) -m kedit figures
 
-verify: $(READY) ## compare the last run of rq1 with the committed reference  PARAMS=...
-	$(PY) -m kedit verify params/rq1/$(RQ1).yaml
+verify: $(READY) ## compare your last run with the committed reference  PARAMS=rq1/smollm2-135m
+	$(PY) -m kedit verify params/$(or $(PARAMS),rq1/smollm2-135m).yaml
 
 tables: $(READY) ## measure the README's tables again (hours, if nothing is stored)
 	$(PY) -m kedit tables
