@@ -102,13 +102,15 @@ def pool(workers: int) -> Iterator[Executor]:
     executor = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), kedit.RUNS, kedit.CACHE, stop))
     try:
         yield executor
-    except BrokenProcessPool as error:
-        raise KeditError(
-            "a worker process was killed, most often because memory ran out; run the same command again with "
-            f"WORKERS={max(1, workers - 1)}, it goes on where it was."
-        ) from error
+    except BaseException as error:
+        stop.set()  # do not wait for what workers are at
+        if isinstance(error, BrokenProcessPool):
+            raise KeditError(
+                "a worker process was killed, most often because memory ran out; run the same command again with "
+                f"WORKERS={max(1, workers - 1)}, it goes on where it was."
+            ) from error
+        raise
     finally:
-        stop.set()
         executor.shutdown(cancel_futures=True)
 
 
