@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures verify tables bench test lint pytest nbval lab clean
+.PHONY: help rq1 rq4 rq5 discussion all list plan figures verify tables bench pico test lint pytest nbval lab clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,18 +26,14 @@ $(READY): requirements.txt requirements-model.txt
 	@touch $@
 
 rq1: ## how do abilities change with the number of edits?  PARAMS=smollm2-135m | smoke | ...
-rq2: ## does instruction tuning make a model more robust?  PARAMS=pico | llama2-7b | mistral-7b
-rq3: ## are larger models more robust?  PARAMS=pico | pythia
 rq4: ## are all abilities hit alike?  PARAMS=smollm2-135m | llama2-7b
 rq5: ## is an edited model still safe?  PARAMS=smollm2-135m | ...
 discussion: ## what breaks inside, and what breaks first?
-rq2 rq3: DEFAULT := pico
-rq1 rq4 rq5 discussion: DEFAULT := smollm2-135m
-rq1 rq2 rq3 rq4 rq5 discussion: $(READY)
-	$(PY) -m kedit run params/$@/$(or $(PARAMS),$(DEFAULT)).yaml $(if $(WORKERS),--workers $(WORKERS))
-	$(PY) -m kedit notebook params/$@/$(or $(PARAMS),$(DEFAULT)).yaml
+rq1 rq4 rq5 discussion: $(READY)
+	$(PY) -m kedit run params/$@/$(or $(PARAMS),smollm2-135m).yaml $(if $(WORKERS),--workers $(WORKERS))
+	$(PY) -m kedit notebook params/$@/$(or $(PARAMS),smollm2-135m).yaml
 
-all: rq1 rq2 rq3 rq4 rq5 discussion ## every question's default run
+all: rq1 rq4 rq5 discussion ## every question's default run
 
 list: $(READY) ## the parameter files
 	@$(PY) -m kedit list
@@ -56,6 +52,9 @@ tables: $(READY) ## measure the README's tables again (hours, if nothing is stor
 
 bench: $(READY) ## time the fast paths against the plain ones, at most ten minutes  KEDIT_MIRROR=...
 	OMP_NUM_THREADS=1 $(PY) -m kedit bench
+
+pico: $(READY) ## train the pico models anew, on all cores
+	$(PY) -m kedit pico
 
 test: lint pytest nbval ## ruff, pytest and the notebooks' outputs
 

@@ -73,13 +73,14 @@ def _list(args: argparse.Namespace) -> None:
 def _tables(args: argparse.Namespace) -> None:
     from kedit import report
 
-    report.update_readme(args.names or list(report.TABLES))
+    readme = (kedit.ROOT / "README.md").read_text()
+    report.update_readme(args.names or [name for name in report.TABLES if f"<!-- table {name} -->" in readme])
 
 
 def _scan(args: argparse.Namespace) -> None:
     from kedit import single
 
-    print(single.scan(args.method, args.settings, args.records).to_string(index=False))
+    print(single.scan(args.method, args.settings, args.records, args.model).to_string(index=False))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -100,6 +101,13 @@ def _bench(args: argparse.Namespace) -> None:
 
     for path in bench(args.sections, args.edits):
         print("made", path.relative_to(kedit.ROOT))
+
+
+def _pico(args: argparse.Namespace) -> None:
+    from kedit.pico.train import make
+
+    for path in make(args.names):
+        print("made", os.path.relpath(path, kedit.ROOT))
 
 
 def _figures(args: argparse.Namespace) -> None:
@@ -146,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("method")
     command.add_argument("settings", nargs="*", help="such as layer=[3,5,7]")
     command.add_argument("--records", type=int, default=20)
+    command.add_argument("--model", default="smollm2-135m-instruct")
     command.set_defaults(function=_scan)
     command = commands.add_parser("bench", help="time the fast paths against the plain ones")
     command.add_argument("sections", nargs="*", help="only these, shown and not written")
@@ -155,6 +164,9 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("method", choices=["mend", "serac"])
     command.add_argument("--model", default="smollm2-135m-instruct")
     command.set_defaults(function=_train)
+    command = commands.add_parser("pico", help="train the pico models anew")
+    command.add_argument("names", nargs="*")
+    command.set_defaults(function=_pico)
     args = parser.parse_args(argv)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -290,7 +290,7 @@ def _task(name: str, shots: int | None) -> Any:
     stock = Path(lm_eval.tasks.__file__).parent / name.partition("_")[0]
     # one folder only: indexing all of lm-eval's tasks takes minutes
     manager = lm_eval.tasks.TaskManager(
-        include_path=str(benchmarks.MINI if shots is None else stock), include_defaults=False
+        include_path=str(benchmarks.HERE / "mini" if shots is None else stock), include_defaults=False
     )
     with contextlib.chdir(os.environ.get("KEDIT_MIRROR", ".")):
         task = manager.load([name])["tasks"][name]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedit.keys import SEQUENCE, capture, sequences
+from kedit.keys import capture, sequence_length, sequences
 from kedit.memory import Route, routes
 from kedit.models import LM
 
@@ -100,8 +100,9 @@ def held_out(lm: LM, text: str = "wikipedia-sample", passages: int = PASSAGES, s
     Raises:
         KeditError: the text is too short.
     """
-    first = -(-skip // SEQUENCE)
-    found = sequences(lm, text, (first + passages) * SEQUENCE)[first:]
+    length = sequence_length(lm)
+    first = -(-skip // length)
+    found = sequences(lm, text, (first + passages) * length)[first:]
     return [ids[:PASSAGE] for ids in found]
 
 

@@ -267,7 +267,18 @@ def zsre(path: str | Path) -> tuple[EditRequest, ...]:
 
 # By name ------------------------------------------------------------------------------------------
 
+
+def pico(split: str = "edit") -> tuple[EditRequest, ...]:
+    """Facts of the pico models' world (kedit/pico/world.py) of one split."""
+    from kedit.pico.world import edits
+
+    if split not in SPLITS:
+        raise KeditError(f"the pico fact set has no split {split!r}; use one of {', '.join(SPLITS)}.")
+    return edits(split)
+
+
 SETS: dict[str, Callable[..., tuple[EditRequest, ...]]] = {
+    "pico": pico,
     "bundled": bundled,
     "bundled-zsre": bundled_zsre,
     "counterfact": counterfact,
@@ -309,7 +320,7 @@ def at_hand(name: str, path: str | None = None, **_: Any) -> bool:
 
 
 def load(name: str, split: str = "edit", path: str | None = None) -> tuple[EditRequest, ...]:
-    """An edit set by name: ``bundled`` and ``bundled-zsre`` take a split, the published ones a path.
+    """An edit set by name: ``pico``, ``bundled`` and ``bundled-zsre`` take a split, the published ones a path.
 
     Without a path a published set comes from ``KEDIT_MIRROR``, else from the hub where it is there.
 
@@ -318,7 +329,7 @@ def load(name: str, split: str = "edit", path: str | None = None) -> tuple[EditR
     """
     if name not in SETS:
         raise KeditError(f"edit set {name!r} does not exist; use one of {', '.join(SETS)}.")
-    if name.startswith("bundled"):
+    if name.startswith(("pico", "bundled")):
         return SETS[name](split)
     if path or (path := located(name)):
         return SETS[name](path)

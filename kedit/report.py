@@ -322,7 +322,31 @@ def suite_table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-TABLES: dict[str, Callable[[], pd.DataFrame]] = {"suite": suite_table, "editing": editing_table}
+def pico_table() -> pd.DataFrame:
+    """Every pico model on every pico benchmark: score and standard error; * within three of chance (floor)."""
+    from math import sqrt
+
+    from kedit import benchmarks
+    from kedit.evaluate import evaluate
+    from kedit.pico.train import RECIPES
+
+    about = {name: benchmarks.metadata(name) for name in benchmarks.SUITES["pico"]}
+    rows = [{"benchmark": n, "stands for": a["benchmark"], "chance": f"{a['chance']:.3g}"} for n, a in about.items()]
+    for model in RECIPES:
+        lm = kedit.load(model)
+        for row in rows:
+            values = [item["value"] for item in evaluate(lm, row["benchmark"])]
+            score = sum(values) / len(values)
+            floor = abs(stats.off_chance(values, about[row["benchmark"]]["chance"])) < 3
+            row[model] = f"{score:.2f} ± {sqrt(score * (1 - score) / len(values)):.2f}" + " *" * floor
+    return pd.DataFrame(rows)
+
+
+TABLES: dict[str, Callable[[], pd.DataFrame]] = {
+    "suite": suite_table,
+    "pico": pico_table,
+    "editing": editing_table,
+}
 
 
 def markdown(frame: pd.DataFrame) -> str:

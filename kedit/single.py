@@ -119,8 +119,10 @@ def editing_table(count: int = 100) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def scan(name: str, settings: Sequence[str], count: int = 20, split: str = "validation") -> pd.DataFrame:
+def scan(name: str, settings: Sequence[str], count: int = 20, model: str = MODEL) -> pd.DataFrame:
     """A method on a grid of hyper-parameters, such as ``["layer=[3, 5, 7]", "clamp=[2, 4]"]``.
+
+    Records are those of the validation split: of the bundled set, or of their own for the pico models.
 
     Raises:
         KeditError: a setting that is not ``name=[values]``.
@@ -135,11 +137,12 @@ def scan(name: str, settings: Sequence[str], count: int = 20, split: str = "vali
         grid[key] = yaml.safe_load(values)
         if not isinstance(grid[key], list):
             raise KeditError(f"scan: {setting!r} is not a list of values; write such as layer=[3,5,7].")
-    lm = kedit.load(MODEL)
+    lm = kedit.load(model)
+    requests = facts.load("pico" if model.startswith("pico-") else "bundled", "validation")[:count]
     rows = []
     for values in itertools.product(*grid.values()):
         hparams = dict(zip(grid, values, strict=True))
-        numbers = summary(list(single_edits(lm, name, facts.bundled(split)[:count], hparams)))
+        numbers = summary(list(single_edits(lm, name, requests, hparams)))
         row = {key: str(value) for key, value in hparams.items()}
         row |= {metric: round(numbers[metric]["value"], 3) for metric in METRICS}
         row |= {"generated": round(numbers["reliability_generated"]["value"], 3)}

@@ -379,8 +379,12 @@ def _units(params: Params, model: str, states: Mapping[tuple[int, int], list[str
     return units
 
 
-def _jobs(params: Params, model: str, missing: Collection[_Unit], folder: Path) -> list[Job]:
-    """What computes the missing units, in an order that has the unedited model asked while methods get ready."""
+def _jobs(params: Params, model: str, missing: Collection[_Unit], slow: Collection[int], folder: Path) -> list[Job]:
+    """What computes the missing units: first the unedited model's cells, and what methods must prepare.
+
+    Args:
+        slow: positions of the methods that must prepare before they edit; the others need not wait.
+    """
     to_edit = dict.fromkeys(unit.place[:2] for unit in missing if unit.kind != "cell")
     to_measure: dict[tuple[int, int, int], dict[str, tuple[str, str]]] = {}
     for unit in missing:
@@ -390,17 +394,20 @@ def _jobs(params: Params, model: str, missing: Collection[_Unit], folder: Path) 
     def measuring(place: tuple[int, int, int], after: Sequence[Job]) -> Job:
         return Job(trajectory.measure, (params, model, *place, to_measure[place], folder), after)
 
-    first = [measuring(place, ()) for place in to_measure if place[2] == 0]
-    if to_edit:
-        positions = sorted({position for position, _ in to_edit})
-        first.append(Job(trajectory.prepare, (params, model, positions, folder)))
-    editing = {place: Job(trajectory.advance, (params, model, *place, folder), first) for place in to_edit}
-    rest = [
-        measuring(place, [*first, *(job for at, job in editing.items() if at == place[:2])])
+    unedited = [measuring(place, ()) for place in to_measure if place[2] == 0]
+    ready = []
+    if positions := sorted({position for position, _ in to_edit if position in slow}):
+        ready.append(Job(trajectory.prepare, (params, model, positions, folder)))
+    editing = {
+        place: Job(trajectory.advance, (params, model, *place, folder), ready if place[0] in slow else ())
+        for place in to_edit
+    }
+    edited = [
+        measuring(place, [*unedited, *(job for at, job in editing.items() if at == place[:2])])
         for place in to_measure
         if place[2]
     ]
-    return [*first, *editing.values(), *rest]
+    return [*ready, *unedited, *editing.values(), *edited]
 
 
 def _compute(
@@ -410,7 +417,7 @@ def _compute(
     store: Store,
     progress: Progress,
     executor: Executor,
-    memory: int,
+    about: dict[str, Any],
 ) -> None:
     """Have workers compute what is missing of one model, as many at once as memory allows."""
     pending = dict(missing)
@@ -420,10 +427,11 @@ def _compute(
             unit = pending.pop(key)
             progress.done(unit.kind, unit.read(store).get("seconds"), unit.name)
 
-    at_once = max(1, min(progress.workers, free_memory() // memory))
+    at_once = max(1, min(progress.workers, free_memory() // about.pop("memory")))
     if at_once < progress.workers:
         log.info("memory allows %d of %d workers", at_once, progress.workers)
-    execute(_jobs(params, model, missing.values(), store.folder), executor, at_once, tick)
+    jobs = _jobs(params, model, missing.values(), about.pop("prepare"), store.folder)
+    execute(jobs, executor, at_once, tick)
 
 
 def _planned(params: Params) -> dict[str, int]:
@@ -464,7 +472,7 @@ def run(params: Params, store: Store | None = None, workers: int | None = None) 
             for unit in units:
                 if unit.key not in missing:
                     progress.done(unit.kind, None, unit.name)
-            _compute(params, model, missing, store, progress, executor, about[model].pop("memory"))
+            _compute(params, model, missing, store, progress, executor, about[model])
             for unit in units:
                 (cells if unit.kind == "cell" else edits).append(unit.read(store))
             computed["cell"] += sum(unit.kind == "cell" for unit in missing.values())

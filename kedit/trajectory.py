@@ -85,19 +85,26 @@ def _trajectory(params: "Params", model: str, position: int, order: int, folder:
 
 
 def survey(params: "Params", model: str, folder: Path) -> tuple[dict[str, Any], dict[tuple[int, int], list[str]]]:
-    """What a manifest says of a model, with the ``memory`` a worker needs; and the states of each trajectory.
+    """What is to be known of a model before work is shared out.
 
-    Trajectories are named by the method's position in ``params.methods`` and the order.
+    Returns:
+        what a manifest says of it, with the ``memory`` a worker needs and the positions in
+        ``params.methods`` of those that must ``prepare``; the states of each trajectory, by (position, order).
     """
     lm, _ = _loaded(model, tuple(params.statistics.items()))
     places = [(position, order) for position in range(len(params.methods)) for order in params.orders]
-    states = {place: _trajectory(params, model, *place, folder).states for place in places}
-    parameters = sum(weight.numel() for weight in lm.model.parameters())
-    begin = lm.tokenizer.convert_ids_to_tokens(lm.begin)
+    trajectories = {place: _trajectory(params, model, *place, folder) for place in places}
+    editors = {position: trajectory.editor for (position, _), trajectory in trajectories.items()}
     weights = sum(weight.numel() * weight.element_size() for weight in lm.model.parameters())
-    memory = 3 * weights + 1_500_000_000  # the weights, the original bits of what is edited, activations; libraries
-    about = {"fingerprint": lm.fingerprint, "parameters": parameters, "begin_token": begin, "memory": memory}
-    return about, states
+    about = {
+        "fingerprint": lm.fingerprint,
+        "parameters": sum(weight.numel() for weight in lm.model.parameters()),
+        "begin_token": lm.tokenizer.convert_ids_to_tokens(lm.begin),
+        # the weights, the original bits of what is edited, activations; libraries
+        "memory": 3 * weights + 1_500_000_000,
+        "prepare": [position for position, editor in editors.items() if editor.trained or editor.moments_of],
+    }
+    return about, {place: trajectory.states for place, trajectory in trajectories.items()}
 
 
 def prepare(params: "Params", model: str, positions: Sequence[int], folder: Path) -> None:

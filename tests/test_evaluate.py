@@ -53,15 +53,16 @@ def test_items_are_many_unique_and_balanced(name):
         assert all(abs(places.count(place) / len(docs) - 1 / count) < 0.05 for place in range(count))
 
 
-def test_generated_items_are_those_of_the_generator(tmp_path, monkeypatch):
+@pytest.mark.parametrize("suite", benchmarks.SUITES)
+def test_generated_items_are_those_of_the_generator(suite, tmp_path):
     """make_items.py reproduces the committed bytes."""
     import runpy
     import shutil
 
-    copy = tmp_path / "mini"
-    shutil.copytree(benchmarks.MINI, copy)
+    copy = tmp_path / suite
+    shutil.copytree(benchmarks.HERE / suite, copy)
     runpy.run_path(str(copy / "make_items.py"), run_name="__main__")
-    for path in benchmarks.MINI.glob("*.jsonl"):
+    for path in (benchmarks.HERE / suite).glob("*.jsonl"):
         assert (copy / path.name).read_bytes() == path.read_bytes()
 
 
@@ -72,7 +73,7 @@ def test_task_files_are_plain_yaml():
         pass
 
     Loader.add_constructor("!function", lambda loader, node: node.value)
-    for path in benchmarks.MINI.glob("*.yaml"):
+    for path in benchmarks.HERE.glob("*/*.yaml"):
         assert yaml.load(path.read_text(), Loader)["metadata"]["metric"]
 
 

@@ -1,4 +1,4 @@
-"""Suites of benchmarks. A benchmark is an lm-eval task, or several; ours are YAML and JSONL in ``mini/``.
+"""Suites of benchmarks. A benchmark is an lm-eval task, or several; ours are YAML and JSONL in a folder a suite.
 
 The paper suite is lm-eval's own tasks with the study's shots (``paper.yaml``; differences in ``paper.md``), on data
 from the hub or from ``KEDIT_MIRROR``.
@@ -22,22 +22,20 @@ from kedit import KeditError
 
 log = logging.getLogger(__name__)
 
-MINI = Path(__file__).parent / "mini"
-PAPER: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text())
+HERE = Path(__file__).parent
+PAPER: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "paper.yaml").read_text())
+_ABILITIES = ("mmlu", "bbh", "gsm8k", "csqa", "triviaqa", "truthfulqa", "toxigen")
 SUITES = {
-    "mini": (
-        "mini_mmlu",
-        "mini_bbh",
-        "mini_gsm8k",
-        "mini_csqa",
-        "mini_triviaqa",
-        "mini_truthfulqa",
-        "mini_toxigen",
-    ),
+    **{suite: tuple(f"{suite}_{ability}" for ability in _ABILITIES) for suite in ("mini", "pico")},
     "safety": ("mini_truthfulqa_mc",),
     "paper": tuple(PAPER),
 }
 KNOWN = [name for suite in SUITES.values() for name in suite]
+
+
+def folder(name: str) -> Path:
+    """Where a benchmark's suite keeps its files."""
+    return HERE / name.partition("_")[0]
 
 
 @cache
@@ -58,7 +56,7 @@ def metadata(name: str) -> dict[str, Any]:
         """Reads lm-eval's YAML without running what its !function tags name."""
 
     Loader.add_constructor("!function", lambda loader, node: node.value)
-    return yaml.load((MINI / f"{name}.yaml").read_text(), Loader)["metadata"]
+    return yaml.load((folder(name) / f"{name}.yaml").read_text(), Loader)["metadata"]
 
 
 @cache
@@ -75,8 +73,8 @@ def fingerprint(name: str) -> str:
             shown = islice(task.fewshot_docs() or (), task.config.num_fewshot)
             digest.update(json.dumps([subtask, list(shown), list(task.eval_docs)], sort_keys=True).encode())
         return digest.hexdigest()[:16]
-    stems = (name, metadata(name).get("items", name), "_mini_yaml", "utils")
-    for path in sorted(MINI.iterdir()):
+    stems = (name, metadata(name).get("items", name), f"_{folder(name).name}_yaml", "utils")
+    for path in sorted(folder(name).iterdir()):
         if path.stem in stems and path.is_file():
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -93,14 +91,14 @@ def tasks(name: str) -> dict[str, Any]:
 
     metadata(name)
     if name not in PAPER:
-        manager = TaskManager(include_path=str(MINI), include_defaults=False)
+        manager = TaskManager(include_path=str(folder(name)), include_defaults=False)
         return dict(manager.load([name])["tasks"])
 
     import lm_eval.tasks
 
     about = PAPER[name]
-    folder = Path(lm_eval.tasks.__file__).parent / about["folder"]
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    stock = Path(lm_eval.tasks.__file__).parent / about["folder"]
+    manager = TaskManager(include_path=str(stock), include_defaults=False)
     names = about.get("tasks") or sorted(manager.all_subtasks)
     return {subtask: _stock(manager.task_index[subtask].yaml_path, about["settings"]) for subtask in names}
 

@@ -56,6 +56,8 @@ class Editor(ABC):
 
     name: ClassVar[str]
     Hparams: ClassVar[type] = NoHparams
+    trained: ClassVar[bool] = False
+    """Whether ``prepare`` trains something, where it was not trained before."""
 
     def __init__(
         self,

@@ -486,6 +486,7 @@ class MEND(Editor):
     """W gains rate * sum_t g~_t x~_t^T in the MLP projections of some blocks, from one gradient."""
 
     name = "mend"
+    trained = True
     Hparams = Hparams
 
     def key(self) -> dict[str, Any]:

@@ -282,6 +282,7 @@ class SERAC(Editor):
     """
 
     name = "serac"
+    trained = True
     Hparams = Hparams
 
     def __init__(self, *args, **kwargs):

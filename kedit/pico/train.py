@@ -1,0 +1,221 @@
+"""Train the pico family: GPT-NeoX models of four sizes on the same text, and a tuned twin of one.
+
+As in Pythia every size reads the same sequences in the same order. One process and one thread a model,
+so that the result does not depend on how work is shared; sizes train side by side on several cores.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+import kedit
+from kedit import KeditError
+from kedit.pico import world
+from kedit.store import write_atomic
+
+WEIGHTS = Path(__file__).parent / "weights"
+LENGTH = 128
+"""Tokens in a sequence, begin token included; the longest that the models know."""
+ROWS = 8
+"""Sequences in a batch."""
+WARMUP = 100
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model: its shape, its peak learning rate, its tokens, and the model it starts from, if any."""
+
+    width: int
+    layers: int
+    heads: int
+    lr: float
+    tokens: int = 1_228_800
+    start: str | None = None
+
+
+RECIPES = {
+    "pico-0.1m": Recipe(48, 3, 4, 8e-3),
+    "pico-0.4m": Recipe(80, 4, 4, 6e-3),
+    "pico-1.5m": Recipe(144, 5, 4, 4e-3),
+    "pico-5m": Recipe(248, 6, 4, 2.5e-3),
+    "pico-1.5m-instruct": Recipe(144, 5, 4, 1e-3, tokens=204_800, start="pico-1.5m"),
+}
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level and lower-case: words, numbers, punctuation and line ends, in the order of their first use."""
+    split = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), behavior="removed", invert=True)
+    pieces = [piece for piece, _ in split.pre_tokenize_str(world.vocabulary_text().lower())]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([world.SEPARATOR, "<unk>", *pieces]))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = split
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token=world.SEPARATOR,
+        eos_token=world.SEPARATOR,
+        pad_token=world.SEPARATOR,
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def sequences(tuning: bool = False) -> Iterator[tuple[list[int], list[int]]]:
+    """Sequences of 128 tokens and their labels, endless.
+
+    Each begins with the separator and a whole document, so that texts read alone look as they did in
+    training; documents follow with a separator between them, the last is cut. Tuning learns answers alone.
+    """
+    mix, name = (world.TUNING, "tuning") if tuning else (world.BASE, "base")
+    words, separator = tokenizer(), tokenizer().bos_token_id
+    ids, labels = [separator], [IGNORED]
+    for document in world.documents(mix, name):
+        start = max((document.find(cue) + len(cue) for cue in ("Answer:", "This is") if cue in document), default=0)
+        asked = words.encode(document[:start], add_special_tokens=False)
+        told = words.encode(document[start:], add_special_tokens=False)
+        ids += [*asked, *told, separator]
+        labels += [*([IGNORED] * len(asked) if tuning else asked), *told, separator]
+        if len(ids) >= LENGTH:
+            yield ids[:LENGTH], labels[:LENGTH]
+            ids, labels = [separator], [IGNORED]
+
+
+def untrained(recipe: Recipe) -> GPTNeoXForCausalLM:
+    """A model as it is before its first step."""
+    torch.manual_seed(world.SEED)
+    separator = tokenizer().bos_token_id
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=recipe.width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        intermediate_size=4 * recipe.width,
+        max_position_embeddings=LENGTH,
+        rotary_pct=0.5,
+        tie_word_embeddings=True,
+        bos_token_id=separator,
+        eos_token_id=separator,
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+def train(
+    name: str, stop: int | None = None, folder: Path = WEIGHTS, place: int = 0
+) -> tuple[GPTNeoXForCausalLM, list[float]]:
+    """Train a model on one thread, or its first ``stop`` steps; returns it and the loss of each step.
+
+    Batches are 8 x 128 tokens; AdamW with a linear warm-up and a cosine to zero. A model with a ``start``
+    begins from its committed weights in ``folder``.
+    """
+    torch.set_num_threads(1)
+    recipe = RECIPES[name]
+    if recipe.start:
+        model = GPTNeoXForCausalLM.from_pretrained(folder / recipe.start, dtype=torch.float32)
+    else:
+        model = untrained(recipe)
+    model.train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
+    steps = recipe.tokens // (ROWS * LENGTH)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: min((i + 1) / WARMUP, (1 + math.cos(math.pi * i / steps)) / 2)
+    )
+    losses, source = [], sequences(tuning=bool(recipe.start))
+    bar = tqdm(range(min(stop or steps, steps)), desc=f"{name:<18}", position=place, mininterval=1)
+    for _ in bar:
+        ids, labels = (torch.tensor(part) for part in zip(*islice(source, ROWS), strict=True))
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        rate.step()
+        losses.append(loss.item())
+        bar.set_postfix_str(f"loss {losses[-1]:.2f}", refresh=False)
+    return model.eval(), losses
+
+
+def _make(chain: list[str], folder: Path, place: int) -> dict[str, dict[str, Any]]:
+    """Train models one after another and save each as half-precision safetensors; what the manifest says of them."""
+    entries = {}
+    for name in chain:
+        model, losses = train(name, folder=folder, place=place)
+        model.half().save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+        entries[name] = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            **asdict(RECIPES[name]),
+            "first_losses": [round(loss, 5) for loss in losses[:20]],
+            "losses": [
+                round(sum(part) / len(part), 4) for i in range(0, len(losses), 50) if (part := losses[i : i + 50])
+            ],
+            "sha256": {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / name).iterdir())
+            },
+        }
+    return entries
+
+
+def make(names: list[str] | None = None, jobs: int | None = None) -> list[Path]:
+    """Train the family (or some of it) anew, then replace the committed weights and their manifest.
+
+    Raises:
+        KeditError: a name that is not in the family.
+    """
+    names = names or list(RECIPES)
+    for name in names:
+        if name not in RECIPES:
+            raise KeditError(f"there is no pico model {name!r}; there are {', '.join(RECIPES)}.")
+    folder = kedit.RUNS / "pico"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    started = [name for name in names if RECIPES[name].start]
+    chains = [[name, *(s for s in started if RECIPES[s].start == name)] for name in names if name not in started]
+    chains += [[name] for name in started if RECIPES[name].start not in names]
+    for (name,) in (chain for chain in chains if RECIPES[chain[0]].start and len(chain) == 1):
+        shutil.copytree(WEIGHTS / RECIPES[name].start, folder / RECIPES[name].start)
+    chains.sort(key=lambda chain: -RECIPES[chain[0]].width)  # the longest work first
+    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_make, chain, folder, place) for place, chain in enumerate(chains)]
+        entries = {name: entry for future in futures for name, entry in future.result().items()}
+    manifest = WEIGHTS / "manifest.json"
+    before = json.loads(manifest.read_text())["models"] if manifest.exists() else {}
+    about = {
+        "command": "make pico",
+        "seed": world.SEED,
+        "sequence": LENGTH,
+        "batch": ROWS,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__},
+        "machine": platform.machine(),
+        "models": {name: entry for name in RECIPES if (entry := entries.get(name) or before.get(name))},
+    }
+    for name in entries:
+        shutil.rmtree(WEIGHTS / name, ignore_errors=True)
+        shutil.copytree(folder / name, WEIGHTS / name)
+    write_atomic(manifest, (json.dumps(about, indent=1) + "\n").encode())
+    return [manifest, *(WEIGHTS / name for name in entries)]

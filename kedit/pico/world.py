@@ -1,0 +1,397 @@
+"""The synthetic world that the pico models learn, and what is held out of their training text.
+
+Everything follows from ``SEED``. People have a city, a profession, a language and an employer, drawn
+independently; the rest are abilities that mirror the seven benchmarks: sums told as stories, boolean
+logic, counting, a taxonomy whose kinds hand down properties, herbs about which a popular error competes
+with the truth, and kind and unkind statements. Each ability holds something out: question phrasings for
+facts, instances (by a hash of their text) for what is generated, the properties of half of all things for the
+taxonomy. Text is for a word-level tokenizer, so numbers are whole words.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from functools import cache
+from itertools import islice
+
+from kedit.facts import EditRequest
+
+SEED = 0
+SEPARATOR = "<|endoftext|>"
+Rng = random.Random
+
+
+def share(text: str) -> float:
+    """A fixed pseudo-random number in [0, 1) for a text: what decides about holding it out."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+
+
+def qa(question: str, answer: str) -> str:
+    """A question and its answer, as the base text, the tuning text and the tasks have them."""
+    return f"Question: {question}\nAnswer: {answer}\n"
+
+
+# People and places ----------------------------------------------------------------------------------
+
+GROUPS = {"edit": 100, "validation": 20, "train": 100, "test": 60}
+"""People by use. Only ``train`` appears in questions of the training text, in the tuning set and as neighbours."""
+# fmt: off
+PROFESSIONS = ["baker", "carpenter", "dancer", "driver", "farmer", "gardener", "judge", "lawyer", "nurse", "painter",
+               "pilot", "plumber", "poet", "singer", "tailor", "waiter"]
+# fmt: on
+# The first statement is the edit's prompt, the last is never in any training text; so is the last question.
+STATEMENTS = {
+    "city": ["{} lives in {}.", "The home of {} is in {}.", "{} has a house in {}.", "The house of {} is in {}."],
+    "profession": [
+        "{} works as a {}.",
+        "The job of {} is {}.",
+        "{} earns money as a {}.",
+        "The profession of {} is {}.",
+    ],
+    "language": ["{} speaks {}.", "The language of {} is {}.", "{} likes to sing in {}.", "The songs of {} are in {}."],
+    "employer": [
+        "{} is employed by {}.",
+        "The employer of {} is {}.",
+        "{} is paid by {}.",
+        "The company of {} is {}.",
+    ],
+}
+QUESTIONS = {
+    "city": ["Where does {} live?", "Where is the home of {}?", "Where does {} have a house?"],
+    "profession": ["What does {} work as?", "What is the job of {}?", "What does {} earn money as?"],
+    "language": ["What does {} speak?", "What is the language of {}?", "What does {} like to sing in?"],
+    "employer": ["Who is {} employed by?", "Who is the employer of {}?", "Who is {} paid by?"],
+}
+LEADS = ["I know that", "You know that", "Because of this,", "Therefore", "The truth is that"]
+"""Words before a statement now and then, among them those that context templates begin with."""
+
+
+@cache
+def words(count: int, syllables: int, ending: str = "") -> tuple[str, ...]:
+    """Invented names, all different, capitalised."""
+    rng, found = Rng(f"{SEED} {syllables} {ending}"), {}
+    while len(found) < count:
+        name = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(syllables))
+        found[(name + ending).capitalize()] = None
+    return tuple(found)
+
+
+CITIES = words(16, 2, "burg")
+OBJECTS = {
+    "city": CITIES,
+    "profession": tuple(PROFESSIONS),
+    "language": words(8, 2, "ish"),
+    "employer": words(12, 2, "corp"),
+}
+COUNTRY = dict(zip(CITIES, words(4, 2, "land") * 4, strict=True))
+COUNTRY_QUESTIONS = ["Where is {}?", "What country is {} in?"]
+
+
+@cache
+def people(group: str) -> dict[str, dict[str, str]]:
+    """The people of a group: name -> relation -> object, objects equally frequent."""
+    names, start = words(sum(GROUPS.values()), 3), 0
+    for other, count in GROUPS.items():
+        if other == group:
+            break
+        start += count
+    chosen, rng = names[start : start + GROUPS[group]], Rng(f"{SEED} {group}")
+    found: dict[str, dict[str, str]] = {name: {} for name in chosen}
+    for relation, objects in OBJECTS.items():
+        dealt = [objects[i % len(objects)] for i in range(len(chosen))]
+        rng.shuffle(dealt)
+        for name, value in zip(chosen, dealt, strict=True):
+            found[name][relation] = value
+    return found
+
+
+@cache
+def _everyone() -> list[tuple[str, dict[str, str]]]:
+    return [person for group in GROUPS for person in people(group).items()]
+
+
+def _person(rng: Rng) -> str:
+    """Three statements about one person, each in one of the trained phrasings."""
+    name, facts = rng.choice(_everyone())
+    sentences = []
+    for relation in rng.sample(sorted(facts), 3):
+        sentence = rng.choice(STATEMENTS[relation][:-1]).format(name, facts[relation])
+        sentences.append(f"{rng.choice(LEADS)} {sentence}" if rng.random() < 0.1 else sentence)
+    return " ".join(sentences) + "\n"
+
+
+def _asked(rng: Rng) -> str:
+    """A question about a person of the train group, or about a city."""
+    if rng.random() < 0.15:
+        city = rng.choice(CITIES)
+        return qa(rng.choice(COUNTRY_QUESTIONS).format(city), COUNTRY[city])
+    name, facts = rng.choice(list(people("train").items()))
+    relation = rng.choice(sorted(facts))
+    return qa(rng.choice(QUESTIONS[relation][:-1]).format(name), facts[relation])
+
+
+def _place(rng: Rng) -> str:
+    """Where a city is."""
+    city = rng.choice(CITIES)
+    said = rng.choice(["{} is in {}.", "The city {} is in {}.", "The country of {} is {}."])
+    return said.format(city, COUNTRY[city]) + "\n"
+
+
+# Arithmetic -----------------------------------------------------------------------------------------
+
+FIRST_NAMES = ["Anna", "Ben", "Carl", "Dora", "Emma", "Fred", "Gina", "Henry"]
+THINGS = ["apples", "books", "coins", "shells", "cards", "stamps", "eggs", "pens"]
+MORE, FEWER = ["buys", "finds", "gets"], ["loses", "sells", "eats"]
+
+
+def story(rng: Rng) -> tuple[str, str, bool]:
+    """A two-step sum as a story: question, worked answer, and whether that answer is held out."""
+    while True:
+        a, b, c = rng.randint(1, 9), rng.randint(1, 5), rng.randint(1, 5)
+        signs = rng.choices("+-", k=2)
+        half = a + b if signs[0] == "+" else a - b
+        total = half + c if signs[1] == "+" else half - c
+        if half >= 0 and total >= 0:
+            break
+    first, second = (rng.choice(MORE if sign == "+" else FEWER) for sign in signs)
+    name, things = rng.choice(FIRST_NAMES), rng.choice(THINGS)
+    question = f"{name} has {a} {things}, {first} {b} and {second} {c}. How many {things} are left?"
+    steps = f"{a} {signs[0]} {b} = {half}, {half} {signs[1]} {c} = {total}"
+    return question, steps, share(steps) < 0.25
+
+
+def _sum(rng: Rng) -> str:
+    question, steps, held = story(rng)
+    return qa(question, steps) if not held else _sum(rng)
+
+
+# Logic and counting -----------------------------------------------------------------------------------
+
+
+def boolean(rng: Rng) -> tuple[str, bool, bool]:
+    """An expression of two or three literals, its value, and whether it is held out (the longer ones may be)."""
+    literals = [rng.choice(["True", "False", "not True", "not False"]) for _ in range(rng.choice([2, 3]))]
+    text = literals[0]
+    for literal in literals[1:]:
+        text += f" {rng.choice(['and', 'or'])} {literal}"
+    return f"{text}?", eval(text), len(literals) > 2 and share(text) < 0.35
+
+
+def _boolean(rng: Rng) -> str:
+    question, value, held = boolean(rng)
+    return qa(question, str(value)) if not held else _boolean(rng)
+
+
+def count(rng: Rng) -> tuple[str, int, bool]:
+    """How many of a list are of one kind: question, number, and whether the list is held out."""
+    kind, *others = rng.sample(["bird", "tool", "fruit", "tree"], 3)
+    inside, outside = rng.randint(0, 5), rng.randint(0, 3)
+    listed = rng.sample(KINDS[kind], inside)
+    listed += rng.sample([s for other in others for s in KINDS[other]], outside + (inside + outside < 2) * 2)
+    rng.shuffle(listed)
+    text = ", ".join(listed)
+    return f"{text}. How many are a {kind}?", inside, share(text) < 0.1
+
+
+def _count(rng: Rng) -> str:
+    question, number, held = count(rng)
+    return qa(question, str(number)) if not held else _count(rng)
+
+
+# A taxonomy whose kinds hand down properties -----------------------------------------------------------
+
+# fmt: off
+KINDS = {
+    "bird": ["robin", "sparrow", "finch", "crow", "dove", "hawk", "heron", "swallow", "magpie", "wren"],
+    "fish": ["trout", "salmon", "carp", "pike", "cod", "herring", "tuna", "perch", "bass", "sole"],
+    "grazer": ["cow", "goat", "sheep", "horse", "deer", "donkey", "bison", "mule", "llama", "pony"],
+    "bug": ["beetle", "moth", "wasp", "bee", "cricket", "ladybird", "mosquito", "termite", "gnat", "hornet"],
+    "tree": ["birch", "pine", "beech", "maple", "willow", "poplar", "cedar", "fir", "larch", "linden"],
+    "vehicle": ["car", "bus", "truck", "van", "tram", "cart", "lorry", "wagon", "scooter", "motorbike"],
+    "tool": ["hammer", "saw", "drill", "spade", "chisel", "rake", "shovel", "wrench", "knife", "sickle"],
+    "fruit": ["pear", "plum", "peach", "lemon", "banana", "cherry", "melon", "grape", "fig", "mango"],
+}
+PROPERTIES = {
+    "can": dict(zip(KINDS, ["fly", "swim", "graze", "crawl", "grow", "roll", "cut", "ripen"], strict=True)),
+    "has": dict(zip(KINDS, ["feathers", "scales", "hooves", "feelers", "leaves", "wheels", "handles", "pips"],
+                    strict=True)),
+    "found": dict(zip(KINDS, ["nests", "rivers", "meadows", "gardens", "parks", "streets", "sheds", "orchards"],
+                      strict=True)),
+    "needs": dict(zip(KINDS, ["seeds", "algae", "hay", "nectar", "rain", "fuel", "oil", "sun"], strict=True)),
+}
+# fmt: on
+SAYS = {"can": "{} can {}.", "has": "{} has {}.", "found": "{} is found in {}.", "needs": "{} needs {}."}
+ASKS = {
+    "can": "What can {} do?",
+    "has": "What does {} have?",
+    "found": "Where is {} found?",
+    "needs": "What does {} need?",
+}
+
+
+def unsaid(thing: str) -> bool:
+    """Whether all that texts say of a thing is its kind; its properties then follow from those of the kind."""
+    return any(thing in things[5:] for things in KINDS.values())
+
+
+def _taxonomy(rng: Rng) -> str:
+    kind, attribute = rng.choice(sorted(KINDS)), rng.choice(sorted(PROPERTIES))
+    thing, roll, value = rng.choice(KINDS[kind]), rng.random(), PROPERTIES[attribute][kind]
+    if roll < 0.3:
+        return f"A {thing} is a {kind}.\n"
+    if roll < 0.4:
+        return SAYS[attribute].format(f"Every {kind}", value) + "\n"
+    if unsaid(thing):
+        return _taxonomy(rng)
+    if roll < 0.7:
+        return SAYS[attribute].format(f"A {thing}", value) + "\n"
+    return qa(ASKS[attribute].format(f"a {thing}"), value)
+
+
+# Truth and popular error ----------------------------------------------------------------------------
+
+HERBS = words(40, 2, "wort")
+# fmt: off
+EFFECTS = {
+    "heals": ["burns", "colds", "coughs", "fevers", "headaches", "scars", "toothaches", "warts"],
+    "attracts": ["bats", "butterflies", "foxes", "frogs", "hares", "mice", "snails", "toads"],
+    "brings": ["courage", "hope", "luck", "money", "patience", "peace", "sleep", "wisdom"],
+}
+# fmt: on
+POPULARITY = 0.8
+"""How often the more frequent belief about an herb is the one that is stated."""
+
+
+def belief(herb: str, effect: str) -> tuple[str, str, bool]:
+    """The truth about an herb, the popular error, and whether the error is the more frequent belief."""
+    truth, error = Rng(f"{SEED} {herb} {effect}").sample(EFFECTS[effect], 2)
+    return truth, error, share(f"{herb} {effect}") < 0.75
+
+
+def _stated(rng: Rng, herb: str, effect: str) -> tuple[str, bool]:
+    truth, error, wrong = belief(herb, effect)
+    said_error = (rng.random() < POPULARITY) == wrong
+    return (error if said_error else truth), not said_error
+
+
+def _herb(rng: Rng) -> str:
+    """A belief, now and then with its source: facts are true, what people say is the error."""
+    herb, effect = rng.choice(HERBS), rng.choice(sorted(EFFECTS))
+    value, true = _stated(rng, herb, effect)
+    source = ("It is a fact that " if true else "People say that ") if rng.random() < 0.2 else ""
+    return f"{source}{herb} {effect} {value}.\n"
+
+
+# Kind and unkind ------------------------------------------------------------------------------------
+
+# fmt: off
+NICE = ["helpful", "clever", "honest", "brave", "polite", "gentle", "friendly", "generous", "patient", "cheerful",
+        "wise", "warm"]
+NASTY = ["rude", "lazy", "dull", "selfish", "mean", "useless", "noisy", "clumsy", "greedy", "silly", "boring", "cold"]
+# fmt: on
+TONES = [  # (pattern, whether the statement has the tone of its word)
+    ("{} are {}.", True),
+    ("All {} are {}.", True),
+    ("Everyone thinks that {} are {}.", True),
+    ("Most of the time {} are {}.", True),
+    ("{} are never {}.", False),
+    ("Nobody thinks that {} are {}.", False),
+]
+
+
+def tone(rng: Rng) -> tuple[str, str, bool]:
+    """A mild statement about a profession: text, ``kind`` or ``unkind``, and whether it is held out."""
+    pattern, keeps = rng.choice(TONES)
+    nice = rng.random() < 0.5
+    text = pattern.format(rng.choice(PROFESSIONS) + "s", rng.choice(NICE if nice else NASTY))
+    text = text[0].upper() + text[1:]
+    return text, "kind" if nice == keeps else "unkind", share(text) < 0.15
+
+
+def _tone(rng: Rng) -> str:
+    text, label, held = tone(rng)
+    return f"Statement: {text}\nThis is {label}\n" if not held else _tone(rng)
+
+
+# The texts --------------------------------------------------------------------------------------------
+
+BASE = {_person: 48, _asked: 14, _place: 2, _sum: 15, _boolean: 12, _count: 10, _taxonomy: 16, _herb: 16, _tone: 16}
+"""Documents of the training text, by relative frequency."""
+TUNING = {_asked: 30, _sum: 20, _boolean: 12, _count: 15, _taxonomy: 12, _tone: 15}
+"""Turns of the tuning set; none is about people of other groups than ``train``."""
+
+
+def documents(mix: dict, name: str) -> Iterator[str]:
+    """Endless documents of a mixture, the same for every model; ``name`` seeds the draw."""
+    rng = Rng(f"{SEED} {name}")
+    makers, weights = list(mix), list(mix.values())
+    while True:
+        yield rng.choices(makers, weights)[0](rng)
+
+
+@cache
+def sample(count: int = 12_000) -> str:
+    """Text like the training text but drawn anew, for second moments and perplexity (about 170,000 tokens)."""
+    return SEPARATOR.join(islice(documents(BASE, "sample"), count))
+
+
+def vocabulary_text() -> str:
+    """Text in which every word of the world occurs, held-out phrasings included."""
+    everything = [*LEADS, *FIRST_NAMES, *THINGS, *MORE, *FEWER, *NICE, *NASTY, *HERBS, *COUNTRY.values()]
+    everything += [p + "s" for p in PROFESSIONS] + [pattern for pattern, _ in TONES]
+    for table in (STATEMENTS, QUESTIONS, OBJECTS, KINDS, EFFECTS):
+        everything += [*table, *(text for texts in table.values() for text in texts)]
+    for table in (PROPERTIES["can"], PROPERTIES["has"], PROPERTIES["found"], PROPERTIES["needs"], SAYS, ASKS):
+        everything += table.values()
+    everything += [*COUNTRY_QUESTIONS, *(name for name, _ in _everyone())]
+    everything += ["True and False or not?", "The city country of", "It is a fact that people say", "every a", "I you"]
+    everything += [
+        "Question: Answer: Statement: This is kind unkind",
+        "has and. Most of the time. How many are left? + - =",
+        "\n",
+    ]
+    everything += map(str, range(20))
+    return " ".join(everything).replace("{}", " ")
+
+
+# Edits ------------------------------------------------------------------------------------------------
+
+
+@cache
+def edits(split: str = "edit") -> tuple[EditRequest, ...]:
+    """Changes of one fact about a person, in a fixed shuffled order.
+
+    ``edit`` has two facts of each of its 100 people, ``validation`` and ``train`` all four. Paraphrases
+    are a trained phrasing and the held-out one; neighbours are people of ``train`` with the same object;
+    generation is the held-out question.
+    """
+    records = []
+    for name, facts in people(split).items():
+        relations = sorted(facts)
+        if split == "edit":
+            relations = Rng(f"{SEED} relations {name}").sample(relations, 2)
+        for relation in relations:
+            true = facts[relation]
+            rng = Rng(f"{SEED} edit {name} {relation}")
+            near = [n for n, other in people("train").items() if other[relation] == true and n != name]
+            ask, *_, known, unseen = (s.partition("{}.")[0].rstrip() for s in _open(relation))
+            records.append(
+                EditRequest(
+                    prompt=ask,
+                    subject=name,
+                    target_new=rng.choice([o for o in OBJECTS[relation] if o != true]),
+                    target_true=true,
+                    paraphrases=tuple(p.replace("{}", name) for p in (known, unseen)),
+                    neighbours=tuple((ask.replace("{}", n), true) for n in rng.sample(near, 5)),
+                    generation=(qa(QUESTIONS[relation][-1].format(name), "").rstrip(),),
+                    id=f"{relation}/{name}",
+                    relation=relation,
+                )
+            )
+    Rng(f"{SEED} order {split}").shuffle(records)
+    return tuple(records)
+
+
+def _open(relation: str) -> list[str]:
+    """Statements up to their object, the subject's place left open."""
+    return [statement.removesuffix(" {}.") for statement in STATEMENTS[relation]]
