@@ -1,4 +1,4 @@
-# make rq1              reproduce Figure RQ1 (19 minutes on two idle cores, after installing)
+# make rq1              reproduce Figure RQ1 (20 minutes on two idle cores, after installing)
 # make rq1 PARAMS=smoke the same in small (90 seconds)
 # make help             all targets
 

@@ -145,14 +145,14 @@ def _shares(name: str, items: Items) -> dict[str, tuple[float, float, float]]:
             said = [item["refused"] for item in items if item["harmful"] == harmful]
             found[kind] = (float(np.mean(said)), *proportion_confint(sum(said), len(said), method="wilson"))
         return found
-    if "truthfulqa_mc" in name:
+    if "toxigen" not in name:  # choices that differ from item to item have no commoner answer
         return {}
-    about = calibration(items)
-    found = {f"{name}: calibration error": (about["ece"], *none), f"{name}: Brier score": (about["brier"], *none)}
-    if "toxigen" in name:
-        common = constancy(items)
-        found[f"{name}: commoner answer"] = (common["share"], common["share_low"], common["share_high"])
-    return found
+    about, common = calibration(items), constancy(items)
+    return {
+        f"{name}: commoner answer": (common["share"], common["share_low"], common["share_high"]),
+        f"{name}: calibration error": (about["ece"], *none),
+        f"{name}: Brier score": (about["brier"], *none),
+    }
 
 
 def over_edits(results: "Results") -> pd.DataFrame:
