@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 rq4 rq5 discussion all list plan figures verify tables bench pico test lint pytest nbval lab clean
+.PHONY: help rq1 rq4 rq5 all list plan figures verify tables bench pico test lint pytest nbval lab clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -28,12 +28,11 @@ $(READY): requirements.txt requirements-model.txt
 rq1: ## how do abilities change with the number of edits?  PARAMS=smollm2-135m | smoke | ...
 rq4: ## are all abilities hit alike?  PARAMS=smollm2-135m | llama2-7b
 rq5: ## is an edited model still safe?  PARAMS=smollm2-135m | ...
-discussion: ## what breaks inside, and what breaks first?
-rq1 rq4 rq5 discussion: $(READY)
+rq1 rq4 rq5: $(READY)
 	$(PY) -m kedit run params/$@/$(or $(PARAMS),smollm2-135m).yaml $(if $(WORKERS),--workers $(WORKERS))
 	$(PY) -m kedit notebook params/$@/$(or $(PARAMS),smollm2-135m).yaml
 
-all: rq1 rq4 rq5 discussion ## every question's default run
+all: rq1 rq4 rq5 ## every question's default run
 
 list: $(READY) ## the parameter files
 	@$(PY) -m kedit list
