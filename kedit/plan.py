@@ -113,6 +113,13 @@ READING = {
     "mini_truthfulqa": Reading(102, 107, 19),
     "mini_truthfulqa_mc": Reading(102, 107, 38),
     "mini_toxigen": Reading(120, 75, 15),
+    "pico_mmlu": Reading(120, 1, 16),
+    "pico_bbh": Reading(120, 1, 19),
+    "pico_gsm8k": Reading(120, 1, 22, 6),
+    "pico_csqa": Reading(120, 1, 16),
+    "pico_triviaqa": Reading(120, 1, 12, 6),
+    "pico_truthfulqa": Reading(120, 1, 8),
+    "pico_toxigen": Reading(120, 1, 13),
 }
 """Tokens as SmolLM2 counts them, on real items. Items as on the hub (a mirror may hold others)."""
 TASKS = {"mmlu": 57, "bbh": 27}
