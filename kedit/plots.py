@@ -339,7 +339,7 @@ def rq5(curves: pd.DataFrame, names: Sequence[str], measures: pd.DataFrame) -> F
     """
     shown = list(dict.fromkeys(measures.measure))
     panels = len(names) + len(shown)
-    columns = min(4, panels + 1)
+    columns = min(3, panels + 1)
     lines = -(-(panels + 1) // columns)
     with plt.rc_context(RC):
         figure, axes = _frame(lines, columns)
