@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 rq4 rq5 all list plan figures verify tables bench pico test lint pytest nbval lab clean
+.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures verify tables bench pico test lint pytest nbval lab clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,9 +26,12 @@ $(READY): requirements.txt requirements-model.txt
 	@touch $@
 
 rq1: ## how do abilities change with the number of edits?  PARAMS=smollm2-135m | smoke | ...
+rq2: ## does instruction tuning make a model more robust?  PARAMS=llama2-7b | mistral-7b (no notebook yet)
+rq3: ## are larger models more robust?  PARAMS=pythia (no notebook yet)
 rq4: ## are all abilities hit alike?  PARAMS=smollm2-135m | llama2-7b
 rq5: ## is an edited model still safe?  PARAMS=smollm2-135m | ...
-rq1 rq4 rq5: $(READY)
+discussion: ## what breaks inside, and what breaks first?  (no notebook yet)
+rq1 rq2 rq3 rq4 rq5 discussion: $(READY)
 	$(PY) -m kedit run params/$@/$(or $(PARAMS),smollm2-135m).yaml $(if $(WORKERS),--workers $(WORKERS))
 	$(PY) -m kedit notebook params/$@/$(or $(PARAMS),smollm2-135m).yaml
 

@@ -32,6 +32,8 @@ def _notebook(args: argparse.Namespace) -> None:
 
     params = Params.read(args.params)
     notebook = kedit.ROOT / "notebooks" / f"{QUESTIONS[params.rq]}.ipynb"
+    if not notebook.exists():
+        raise KeditError(f"the notebook {notebook.name} is not written yet; the results are in runs/{params.rq}.")
     executed = kedit.RUNS / params.rq / params.name / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
     config = Config()
