@@ -325,19 +325,18 @@ class Statistics:
     @torch.no_grad()
     def _collect(self, layers: Sequence[int]) -> None:
         lm = self.lm
-        if lm.journal.edits:
-            raise RuntimeError("second moments belong to the unedited model; undo the edits first")
         texts, read = sequences(lm, self.text, self.tokens), 0
         sums = dict.fromkeys(layers, 0.0)
         sites = {str(layer): lm.anatomy.down(layer) for layer in layers}
         last = lm.anatomy.blocks[max(layers)]
-        for text in tqdm(texts, desc=f"second moments, layers {list(layers)}", unit="seq", mininterval=1):
-            with capture(sites, inputs=True) as seen, stop_after(last):
-                lm.anatomy.base(input_ids=torch.tensor([text], device=lm.device), use_cache=False)
-            read += len(text)
-            for layer in layers:
-                keys = seen[str(layer)][0].float()
-                sums[layer] += (keys.T @ keys).double()
+        with lm.journal.unedited():
+            for text in tqdm(texts, desc=f"second moments, layers {list(layers)}", unit="seq", mininterval=1):
+                with capture(sites, inputs=True) as seen, stop_after(last):
+                    lm.anatomy.base(input_ids=torch.tensor([text], device=lm.device), use_cache=False)
+                read += len(text)
+                for layer in layers:
+                    keys = seen[str(layer)][0].float()
+                    sums[layer] += (keys.T @ keys).double()
         for layer in layers:
             moment = (sums[layer] / read).float().cpu()
             self._moments[layer] = moment

@@ -7,6 +7,7 @@ from conftest import CONTEXTS, HPARAMS, REQUEST
 import kedit
 from kedit import EditRequest, KeditError
 from kedit.journal import Edit, EditFailed
+from kedit.keys import Statistics
 
 
 def probability(lm, request):
@@ -78,6 +79,30 @@ def test_sequential_edits_replay_and_undo_to_the_bit(lm, statistics, method):
     assert [edit.request for edit in lm.journal.edits] == ["France", "Spain", "Peru"]
     if not method.startswith("ft"):
         assert max(map(len, saved)) < 20_000  # vectors, not matrices
+
+
+@pytest.mark.parametrize("method", HPARAMS)
+def test_a_run_taken_up_again_makes_the_edit_that_it_would_have_made(llama, method, tmp_path):
+    """Whatever a method reads of the unedited model, sampled contexts above all, or remembers of earlier edits."""
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris, and Lyon is a city on a river there. " * 300)
+    first, second = (EditRequest("The capital of {} is", name, "Rome", "Paris", id=name) for name in ("France", "Peru"))
+    sampled = {"contexts": [[3, 2]]} if "steps" in HPARAMS[method] and "clamp" in HPARAMS[method] else {}
+
+    def fresh():
+        statistics = Statistics(llama, text=str(text), tokens=2048)
+        return kedit.editor(method, llama, hparams={**HPARAMS[method], **sampled}, statistics=statistics)
+
+    editor = fresh()
+    before = editor.apply(first).to_bytes()
+    expected = editor.apply(second)
+    state = bits(llama)
+    llama.journal.reset()
+    editor = fresh()
+    llama.journal.replay(Edit.from_bytes(before))
+    found = editor.apply(second)
+    assert same(llama, state)
+    assert {**found.info, "seconds": 0} == {**expected.info, "seconds": 0}
 
 
 def test_the_control_changes_nothing_and_is_journalled(llama):

@@ -74,9 +74,13 @@ class Editor(ABC):
         self._ready = False
 
     def prepare(self) -> None:
-        """Everything that needs the unedited model, done once; ``apply`` calls it if you did not."""
+        """Everything that needs the unedited model, done once, on it, whatever edits the model has by now.
+
+        ``apply`` calls it if you did not, which may be long after the first edit where a run goes on.
+        """
         if not self._ready:
-            self._prepare()
+            with self.lm.journal.unedited():
+                self._prepare()
             self._ready = True
 
     def _prepare(self) -> None:  # noqa: B027 - methods without preparation leave it
