@@ -32,7 +32,7 @@ rq4: ## are all abilities hit alike?  PARAMS=smollm2-135m | llama2-7b
 rq5: ## is an edited model still safe?  PARAMS=smollm2-135m | ...
 discussion: ## what breaks inside, and what breaks first?  (no notebook yet)
 rq1 rq2 rq3 rq4 rq5 discussion: $(READY)
-	$(PY) -m kedit run params/$@/$(or $(PARAMS),smollm2-135m).yaml $(if $(WORKERS),--workers $(WORKERS))
+	$(PY) -m kedit run params/$@/$(or $(PARAMS),smollm2-135m).yaml $(if $(WORKERS),--workers $(WORKERS)) $(if $(DASK),--dask $(DASK))
 	$(PY) -m kedit notebook params/$@/$(or $(PARAMS),smollm2-135m).yaml
 
 all: rq1 rq4 rq5 ## every question's default run

@@ -4,7 +4,6 @@ User errors end with one sentence and exit code 2.
 """
 
 import argparse
-import logging
 import os
 import sys
 import warnings
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import kedit
 from kedit import KeditError
+from kedit.workers import quiet_libraries
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -20,7 +20,7 @@ def _run(args: argparse.Namespace) -> None:
 
     params = Params.read(args.params)
     check(params)
-    run(params, workers=args.workers).save(kedit.RUNS / params.rq / params.name)
+    run(params, workers=args.workers, scheduler=args.dask).save(kedit.RUNS / params.rq / params.name)
 
 
 def _notebook(args: argparse.Namespace) -> None:
@@ -146,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("params", type=Path)
         if name == "run":
             command.add_argument("--workers", type=int, help="processes at once; by default one a core")
+            command.add_argument("--dask", metavar="ADDRESS", help="have the workers of this Dask scheduler do it")
         command.set_defaults(function=function)
     commands.add_parser("list", help="list the parameter files").set_defaults(function=_list)
     commands.add_parser("figures", help="redraw all from committed cells").set_defaults(function=_figures)
@@ -171,9 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(function=_pico)
     args = parser.parse_args(argv)
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "datasets", "lm_eval", "gensim", "smart_open"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    quiet_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         args.function(args)

@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from importlib import metadata
@@ -24,7 +25,7 @@ import yaml
 import kedit
 from kedit import KeditError, benchmarks, trajectory
 from kedit.store import Store, digest, write_atomic
-from kedit.workers import Job, cores, default_workers, execute, free_memory, pool, threads
+from kedit.workers import Job, cluster, cores, default_workers, execute, free_memory, pool, threads
 
 log = logging.getLogger(__name__)
 
@@ -418,8 +419,12 @@ def _compute(
     progress: Progress,
     executor: Executor,
     about: dict[str, Any],
+    elsewhere: bool,
 ) -> None:
-    """Have workers compute what is missing of one model, as many at once as memory allows."""
+    """Have workers compute what is missing of one model, as many at once as this machine's memory allows.
+
+    A cluster looks after its own memory.
+    """
     pending = dict(missing)
 
     def tick() -> None:
@@ -427,10 +432,11 @@ def _compute(
             unit = pending.pop(key)
             progress.done(unit.kind, unit.read(store).get("seconds"), unit.name)
 
-    at_once = max(1, min(progress.workers, free_memory() // about.pop("memory")))
-    if at_once < progress.workers:
-        log.info("memory allows %d of %d workers", at_once, progress.workers)
     jobs = _jobs(params, model, missing.values(), about.pop("prepare"), store.folder)
+    fit = free_memory() // about.pop("memory")
+    at_once = len(jobs) if elsewhere else max(1, min(progress.workers, fit))
+    if at_once < progress.workers and not elsewhere:
+        log.info("memory allows %d of %d workers", at_once, progress.workers)
     execute(jobs, executor, at_once, tick)
 
 
@@ -445,26 +451,32 @@ def _planned(params: Params) -> dict[str, int]:
     return planned | {"cell": models * (checkpoints * len(params.asked) + unedited)}
 
 
-def run(params: Params, store: Store | None = None, workers: int | None = None) -> Results:
+def run(
+    params: Params, store: Store | None = None, workers: int | None = None, scheduler: str | None = None
+) -> Results:
     """Run a grid, or as much of it as the store does not hold yet.
 
     Args:
         workers: how many processes work at once; by default one for each core, as far as memory goes,
             or one on a machine with a GPU.
+        scheduler: address of a Dask scheduler whose workers do it instead, as many as there are.
 
     Raises:
-        KeditError: a model cannot be loaded, or a worker was killed.
+        KeditError: a model cannot be loaded, a worker was killed, or no scheduler answers.
     """
-
     store = store or Store(kedit.RUNS / "store")
     started = time.time()
-    workers = workers or default_workers()
-    progress = Progress(_planned(params), workers)
     cells: list[dict[str, Any]] = []
     edits: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
     computed = {"edit": 0, "cell": 0}
-    with pool(workers) as executor:
+    with ExitStack() as stack:
+        if scheduler:
+            executor, workers = stack.enter_context(cluster(scheduler))
+        else:
+            workers = workers or default_workers()
+            executor = stack.enter_context(pool(workers))
+        progress = Progress(_planned(params), workers)
         for model in params.models:
             about[model], states = executor.submit(trajectory.survey, params, model, store.folder).result()
             units = _units(params, model, states)
@@ -472,7 +484,7 @@ def run(params: Params, store: Store | None = None, workers: int | None = None) 
             for unit in units:
                 if unit.key not in missing:
                     progress.done(unit.kind, None, unit.name)
-            _compute(params, model, missing, store, progress, executor, about[model])
+            _compute(params, model, missing, store, progress, executor, about[model], bool(scheduler))
             for unit in units:
                 (cells if unit.kind == "cell" else edits).append(unit.read(store))
             computed["cell"] += sum(unit.kind == "cell" for unit in missing.values())

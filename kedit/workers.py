@@ -2,7 +2,8 @@
 
 Editing a small model multiplies small matrices, where a second thread buys next to nothing, and one
 more process buys a whole core. And with one thread a process, results do not depend on the number of
-cores: the same bits on two cores and on sixty-four.
+cores: the same bits on two cores and on sixty-four. The processes may be this machine's (``pool``) or
+those of a Dask cluster (``cluster``); what is to be done and where it is kept are the same.
 """
 
 import logging
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,16 +70,26 @@ class Job:
         return self.future is not None and self.future.done()
 
 
-def _begin(parent: int, runs: Path, cache: Path, stop: Any) -> None:
-    """First thing in a worker."""
+def quiet_libraries() -> None:
+    """Log to stderr what is ours, and of what others log only what went wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "lm_eval", "gensim", "smart_open", "distributed"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def _settle(runs: Path, cache: Path) -> None:
+    """Make this process a worker of a run whose results are in ``runs``."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
 
     kedit.RUNS, kedit.CACHE = runs, cache
     torch.set_num_threads(threads())
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "datasets", "lm_eval", "gensim", "smart_open"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    quiet_libraries()
+
+
+def _begin(parent: int, runs: Path, cache: Path, stop: Any) -> None:
+    """First thing in a worker of ``pool``."""
+    _settle(runs, cache)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
     def watch() -> None:
@@ -112,6 +123,78 @@ def pool(workers: int) -> Iterator[Executor]:
         raise
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+_one_at_a_time = threading.Lock()
+
+
+def _call(runs: Path, cache: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """Do a job in a worker of a cluster, which holds one model even if it was started with several threads."""
+    with _one_at_a_time:
+        _settle(runs, cache)
+        return function(*args)
+
+
+class _Cluster(Executor):
+    """Dask's executor, with the run's folders known to whichever worker takes a job."""
+
+    def __init__(self, inner: Executor):
+        self._inner = inner
+
+    def submit(self, function: Callable[..., Any], /, *args: Any) -> Future:
+        return self._inner.submit(_call, kedit.RUNS, kedit.CACHE, function, *args)
+
+
+@contextmanager
+def cluster(address: str, timeout: float = 10.0) -> Iterator[tuple[Executor, int]]:
+    """An executor of the workers of a Dask cluster, and how many there are by now; more may come and go.
+
+    Every worker must see ``kedit.RUNS`` under the same path. If workers offer a resource GPU, each job takes
+    one; a job whose worker is lost is done again by another. Several jobs are never done at once in one process.
+
+    Args:
+        address: the scheduler's, such as ``tcp://host:8786``.
+        timeout: seconds to wait for the scheduler; workers are waited for as long as it takes.
+
+    Raises:
+        KeditError: dask is not installed, no scheduler answers, a worker does not see the folder of the
+            results, or the scheduler or one job's workers again and again were lost.
+    """
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError as error:
+        raise KeditError("DASK needs dask: pip install 'kedit[dask]', or make, which installs it.") from error
+    try:
+        client = Client(address, timeout=timeout, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise KeditError(
+            f"no Dask scheduler answers at {address!r} ({type(error).__name__}); start one with dask scheduler, and "
+            "give the address it prints, such as DASK=tcp://host:8786."
+        ) from error
+    probe = kedit.RUNS / f".seen-by-workers-{os.getpid()}"
+    try:
+        log.info("waiting for the workers of the cluster")
+        client.wait_for_workers(1)
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        if blind := [name for name, seen in client.run(probe.exists).items() if not seen]:
+            raise KeditError(
+                f"the Dask worker {blind[0]} does not see {kedit.RUNS}; set KEDIT_RUNS to a folder that every machine "
+                "has under the same path."
+            )
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        gpus = {"resources": {"GPU": 1}} if any("GPU" in worker["resources"] for worker in workers.values()) else {}
+        yield _Cluster(client.get_executor(pure=False, **gpus)), len(workers)
+    except KilledWorker as error:
+        raise KeditError(
+            "several Dask workers died of the same job, most often because memory ran out; give each more memory and "
+            "run the same command again, it goes on where it was."
+        ) from error
+    except CancelledError as error:
+        raise KeditError("the Dask scheduler was lost; run the same command again, it goes on where it was.") from error
+    finally:
+        probe.unlink(missing_ok=True)
+        client.close()
 
 
 def execute(jobs: Sequence[Job], executor: Executor, at_once: int, tick: Callable[[], None]) -> None:

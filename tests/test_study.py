@@ -14,6 +14,7 @@ import yaml
 from kedit import KeditError, stats
 from kedit.__main__ import main, parameter_files
 from kedit.study import Params, Results, run
+from kedit.workers import cluster
 
 TEXT = "The capital of France is Paris, and the movie was directed by the writer of the country. "
 
@@ -82,6 +83,37 @@ def test_killed_three_times_gives_the_same_table(grid, tmp_path):
     again = command(path, tmp_path / "broken")
     assert again.wait() == 0
     assert "nothing was left to compute" in again.stderr.read()
+
+
+def test_a_cluster_that_loses_a_worker_gives_the_table_of_a_serial_run(grid, tmp_path, monkeypatch):
+    from distributed import LocalCluster
+
+    path = tmp_path / "rq1" / "tiny.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(grid))
+    serial = command(path, tmp_path / "serial", "--workers", "1")
+    assert serial.wait() == 0, serial.stderr.read()
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=40) as processes:
+        first, *others = [nanny.process.pid for nanny in processes.workers.values()]
+        assert others
+        spread = command(path, tmp_path / "spread", "--dask", processes.scheduler_address)
+        store = tmp_path / "spread" / "store"
+        while spread.poll() is None and sum(1 for file in store.rglob("??/*") if file.name[0] != ".") < 12:
+            time.sleep(0.01)
+        assert spread.poll() is None
+        os.kill(first, signal.SIGKILL)
+        assert spread.wait() == 0, spread.stderr.read()
+    assert table(path, tmp_path / "spread") == table(path, tmp_path / "serial")
+    assert not list((tmp_path / "spread").glob(".seen*"))
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://here", "no.such.host.invalid:8786"])
+def test_a_scheduler_that_does_not_answer_is_one_sentence_within_seconds(address):
+    start = time.monotonic()
+    with pytest.raises(KeditError, match="no Dask scheduler answers at"), cluster(address, timeout=2):
+        pass
+    assert time.monotonic() - start < 20
 
 
 def test_the_table_has_every_row_of_the_grid(grid, tmp_path, monkeypatch):
