@@ -26,16 +26,18 @@ $(READY): requirements.txt requirements-model.txt
 	@touch $@
 
 rq1: ## how do abilities change with the number of edits?  PARAMS=smollm2-135m | smoke | ...
-rq2: ## does instruction tuning make a model more robust?  PARAMS=llama2-7b | mistral-7b (no notebook yet)
-rq3: ## are larger models more robust?  PARAMS=pythia (no notebook yet)
+rq2: ## does instruction tuning make a model more robust?  PARAMS=pico | llama2-7b | mistral-7b
+rq3: ## are larger models more robust?  PARAMS=pico | pythia
 rq4: ## are all abilities hit alike?  PARAMS=smollm2-135m | llama2-7b
 rq5: ## is an edited model still safe?  PARAMS=smollm2-135m | ...
-discussion: ## what breaks inside, and what breaks first?  (no notebook yet)
+discussion: ## what breaks inside, and what breaks first?
+rq2 rq3: DEFAULT := pico
+rq1 rq4 rq5 discussion: DEFAULT := smollm2-135m
 rq1 rq2 rq3 rq4 rq5 discussion: $(READY)
-	$(PY) -m kedit run params/$@/$(or $(PARAMS),smollm2-135m).yaml $(if $(WORKERS),--workers $(WORKERS)) $(if $(DASK),--dask $(DASK))
-	$(PY) -m kedit notebook params/$@/$(or $(PARAMS),smollm2-135m).yaml
+	$(PY) -m kedit run params/$@/$(or $(PARAMS),$(DEFAULT)).yaml $(if $(WORKERS),--workers $(WORKERS)) $(if $(DASK),--dask $(DASK))
+	$(PY) -m kedit notebook params/$@/$(or $(PARAMS),$(DEFAULT)).yaml
 
-all: rq1 rq4 rq5 ## every question's default run
+all: rq1 rq2 rq3 rq4 rq5 discussion ## every question's default run
 
 list: $(READY) ## the parameter files
 	@$(PY) -m kedit list

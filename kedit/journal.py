@@ -2,6 +2,9 @@
 
 A journal belongs to one model. It keeps the original bits of every matrix that was ever touched and
 the list of edits, so undoing is restoring and replaying, never subtracting, and is exact to the bit.
+Where the model is in half precision, edits add up in a float32 copy of the matrix, which is then rounded:
+added to the rounded matrix itself, an update smaller than its grid would be lost.
+
 Edits are small on disk where the method allows it: factors of low-rank updates or entries of a
 memory, not matrices.
 """
@@ -61,9 +64,7 @@ class LowRank(Change):
 
     def write(self, lm: "LM") -> None:
         """Add the product to the model's weight."""
-        from kedit.models import matrix
-
-        weight, right = matrix(lm.model.get_submodule(self.module)), self.right.double().T
+        weight, right = lm.journal.matrix(self.module), self.right.double().T
         # some rows at a time: a float64 matrix as large as W would be the largest thing that an edit allocates
         for rows, left in zip(weight.split(ROWS), self.left.double().split(ROWS), strict=True):
             rows += (left @ right).to(rows)
@@ -78,9 +79,7 @@ class Dense(Change):
 
     def write(self, lm: "LM") -> None:
         """Add delta to the model's weight."""
-        from kedit.models import matrix
-
-        weight = matrix(lm.model.get_submodule(self.module))
+        weight = lm.journal.matrix(self.module)
         weight += self.delta.to(weight)
 
 
@@ -184,6 +183,8 @@ class Journal:
         self.lm = lm
         self.edits: list[Edit] = []
         self._originals: dict[str, Tensor] = {}
+        self._masters: dict[str, Tensor] = {}
+        """What is edited of a half-precision model, in float32."""
 
     def _weight(self, module: str) -> Tensor:
         return self.lm.model.get_submodule(module).weight
@@ -194,7 +195,21 @@ class Journal:
         if module and module not in self._originals:
             self._originals[module] = self._weight(module).detach().clone()
         with torch.no_grad():
-            change.write(self.lm)
+            self._write(change)
+
+    def _write(self, change: Change) -> None:
+        change.write(self.lm)
+        if (module := getattr(change, "module", None)) in self._masters:
+            self._weight(module).copy_(self._masters[module])
+
+    def matrix(self, module: str) -> Tensor:
+        """The weight (d, m) that edits are added to: the model's own, or its float32 copy if that is half precision."""
+        from kedit.models import matrix
+
+        weight = self._weight(module)
+        if weight.element_size() < 4:
+            weight = self._masters.setdefault(module, weight.detach().float())
+        return matrix(self.lm.model.get_submodule(module), weight)
 
     def attach(self, name: str, memory: "Memory") -> None:
         """Give the model a method's memory, in place of an earlier one; it knows the edits already made."""
@@ -207,6 +222,7 @@ class Journal:
     def restore(self, module: str) -> None:
         """Put one weight back to its original bits (a change like any other: see ``Restore``)."""
         self._weight(module).copy_(self._originals[module])
+        self._masters.pop(module, None)
 
     def edited(self) -> list[str]:
         """Names of the modules whose weight some present edit has written, in the order of first touch."""
@@ -225,7 +241,7 @@ class Journal:
         with torch.no_grad():
             try:
                 for module in present:
-                    self.restore(module)
+                    self._weight(module).copy_(self._originals[module])
                 yield
             finally:
                 for module, weight in present.items():
@@ -280,4 +296,4 @@ class Journal:
                 memory.clear()
             for edit in self.edits:
                 for change in edit.changes:
-                    change.write(self.lm)
+                    self._write(change)

@@ -103,16 +103,17 @@ class Anatomy:
         return self._names[module]
 
 
-def matrix(module: nn.Module) -> Tensor:
-    """The weight of a projection as (out, in), a view that writes through.
+def matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The weight of a projection (or another of its shape) as (out, in), a view that writes through.
 
     ``Conv1D`` stores the transpose; decided from the module's type, since a shape cannot tell when
     in == out.
     """
+    weight = module.weight if weight is None else weight
     if isinstance(module, Conv1D):
-        return module.weight.T
+        return weight.T
     if isinstance(module, nn.Linear):
-        return module.weight
+        return weight
     raise TypeError(f"{type(module).__name__} is neither Linear nor Conv1D")
 
 

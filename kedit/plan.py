@@ -7,7 +7,7 @@ is assumed in ``MACHINES`` and printed. Expect them to be right within a factor 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import kedit
 from kedit import KeditError, benchmarks, facts
 from kedit.store import Store, digest
-from kedit.study import Method, Params, _planned, _units
+from kedit.study import DTYPES, Method, Params, _planned, _units
 
 WEIGHT = 4
-"""Bytes of a weight: runs are in float32."""
+"""Bytes of a float32: of edits, of edited matrices, and of a model's weights unless ``dtype`` says otherwise."""
 GB = 1e9
 
 
@@ -35,11 +35,12 @@ class Shape:
     parameters: int
     window: int
     gated: bool = False
+    weight: int = WEIGHT
 
     @property
     def bytes(self) -> int:
         """Of the weights in memory."""
-        return self.parameters * WEIGHT
+        return self.parameters * self.weight
 
 
 _LLAMA = Shape(4096, 32, 11008, 3, 4096, 32000, 6_738_415_616, 4096, gated=True)
@@ -64,6 +65,11 @@ SHAPES = {
     "mistralai/Mistral-7B-Instruct-v0.2": _MISTRAL,
 }
 """Known models; a test builds each from its configuration and counts."""
+
+
+def shape_of(params: Params, model: str) -> Shape | None:
+    """A model's shape in the precision that a grid asks for, if it is known."""
+    return replace(SHAPES[model], weight=DTYPES[params.dtype]) if model in SHAPES else None
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,7 @@ def memory(shape: Shape, method: str, hparams: Any, device: str = "GPU") -> tupl
 
 def generating(shape: Shape, names: list[str]) -> int:
     """Bytes of keys and values while texts are generated side by side, at the lengths in ``READING``."""
-    a_token = 2 * shape.layers * shape.kv * WEIGHT
+    a_token = 2 * shape.layers * shape.kv * shape.weight
     longest = max((READING[n].own + READING[n].generated for n in names if READING[n].generated), default=0)
     return 2 * ROWS * longest * a_token
 
@@ -276,7 +282,7 @@ def check_memory(params: Params, here: tuple[str, int, int] | None = None) -> No
     """
     device, near, host = here or available()
     for model in params.models:
-        if (shape := SHAPES.get(model)) is None:
+        if (shape := shape_of(params, model)) is None:
             continue
         for name, (method, hparams) in _each(params, model).items():
             needs = memory(shape, method.method, hparams, device)
@@ -291,6 +297,9 @@ def check_memory(params: Params, here: tuple[str, int, int] | None = None) -> No
                 smaller = max(fitting, key=lambda other: SHAPES[other].bytes, default=None)
                 light = memory(shape, "control", None, device)[0] <= near
                 remedy = "leave this method out" if light and where != "host memory" else f"use {smaller}"
+                halved = memory(replace(shape, weight=DTYPES["bfloat16"]), method.method, hparams, device)
+                if params.dtype != "bfloat16" and halved[0] <= near and halved[1] <= host:
+                    smaller, remedy = model, "set dtype: bfloat16"
                 raise KeditError(
                     f"{params.rq}/{params.name}: {name} on {model} needs {need / GB:.0f} GB of {where} and there are "
                     f"{there / GB:.0f} GB; {remedy if smaller or light else 'no known model fits'}, or a machine with "
@@ -317,13 +326,14 @@ def check(params: Params) -> None:
 # What is there already ----------------------------------------------------------------------------
 
 
-def fingerprints() -> dict[str, str]:
-    """Fingerprints of models as the manifests of earlier runs tell them, those of this machine last."""
+def fingerprints(dtype: str = "float32") -> dict[str, str]:
+    """Fingerprints of models in a precision, as the manifests of earlier runs tell them, those of this machine last."""
     found: dict[str, str] = {}
     for top in (kedit.ROOT / "figures", kedit.RUNS):
         for path in sorted(top.glob("rq*/*/manifest.json"), key=lambda path: path.stat().st_mtime):
             try:
-                models = json.loads(path.read_text())["models"]
+                manifest = json.loads(path.read_text())
+                models = manifest["models"] if manifest["params"]["dtype"] == dtype else {}
             except (OSError, ValueError, KeyError):
                 continue
             found |= {model: about["fingerprint"] for model, about in models.items()}
@@ -388,7 +398,7 @@ def plan(params: Params) -> str:
     total = dict.fromkeys(MACHINES, 0.0)
     disk = 0.0
     for model in params.models:
-        if (shape := SHAPES.get(model)) is None:
+        if (shape := shape_of(params, model)) is None:
             lines.append(f"{model:<36} shape unknown: add it to SHAPES in kedit/plan.py for hours and memory")
             continue
         disk += shape.bytes / 2
@@ -430,7 +440,7 @@ def plan(params: Params) -> str:
         f"and {_size(disk)} of disk (half-precision weights, second moments, edits).",
         *(f"Assumed: {machine.name}." for machine in MACHINES.values()),
         "Hours count nothing as stored, searches to their last step, and leave out other measures; once: second "
-        "moments, training. Memory: float32 weights, and keys and values of texts generated side by side.",
+        f"moments, training. Memory: {params.dtype} weights, and keys and values of texts generated side by side.",
     ]
     return "\n".join(lines)
 
@@ -469,7 +479,7 @@ def _access(params: Params) -> list[str]:
 
 
 def _found(params: Params) -> list[str]:
-    lines, known = [], fingerprints()
+    lines, known = [], fingerprints(params.dtype)
     store = Store(kedit.RUNS / "store")
     readable = params.edit_set["name"] not in facts.FILES
     if not readable:

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 
 from kedit import benchmarks, inference
 from kedit.inference import Ability, Estimate, aspect_of
+from kedit.published import published
 
 # A colour (Okabe and Ito's, which the colour-blind can tell apart), a marker and a dash for each method;
 # variations on one method share its colour.
@@ -80,7 +81,9 @@ def _curves(ax: Axes, rows: pd.DataFrame) -> None:
 
 
 def ability_panel(ax: Axes, rows: pd.DataFrame, benchmark: str) -> None:
-    """One benchmark against the number of edits, with the unedited score and chance."""
+    """One benchmark against the number of edits, with the unedited score, chance, and what was published."""
+    theirs = published(rows.model.iloc[0], benchmark)
+    overlay(ax, theirs[theirs.edits <= rows.edits.max()])
     _curves(ax, rows)
     base = rows[rows.edits == 0].iloc[0]
     ax.axhline(base.value, color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)

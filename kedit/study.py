@@ -40,6 +40,9 @@ QUESTIONS = {
 }
 """Folder of parameters and figures -> the question's notebook."""
 
+DTYPES = {"float32": 4, "bfloat16": 2}
+"""Precisions that a model may be loaded in -> bytes of a weight; edited matrices are kept in float32 beside it."""
+
 
 # Parameters ---------------------------------------------------------------------------------------
 
@@ -67,6 +70,7 @@ class Params:
     edit_set: Mapping[str, Any] = field(default_factory=lambda: {"name": "bundled", "split": "edit"})
     orders: list[int] = field(default_factory=lambda: [0])
     limit: int | None = None
+    dtype: str = "float32"
     statistics: Mapping[str, Any] = field(default_factory=lambda: {"text": "wikipedia-sample", "tokens": 98_304})
 
     @classmethod
@@ -113,6 +117,8 @@ class Params:
         limit = values.get("limit")
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise KeditError(f"{where}: limit is {limit!r}; use a number of items from 1 up, or null for all.")
+        if values.get("dtype", "float32") not in DTYPES:
+            raise KeditError(f"{where}: dtype is {values['dtype']!r}; use one of {', '.join(DTYPES)}.")
         for name_ in values["benchmarks"]:
             if name_ not in benchmarks.KNOWN:
                 raise KeditError(

@@ -68,19 +68,19 @@ class Trajectory:
 
 
 @lru_cache(maxsize=1)
-def _loaded(model: str, statistics: tuple) -> tuple:
+def _loaded(model: str, dtype: str, statistics: tuple) -> tuple:
     """(LM, second moments) of the model that a worker is at."""
     import torch
 
     from kedit import models
     from kedit.keys import Statistics
 
-    lm = models.load(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    lm = models.load(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=getattr(torch, dtype))
     return lm, Statistics(lm, **dict(statistics))
 
 
 def _trajectory(params: "Params", model: str, position: int, order: int, folder: Path) -> Trajectory:
-    lm, statistics = _loaded(model, tuple(params.statistics.items()))
+    lm, statistics = _loaded(model, params.dtype, tuple(params.statistics.items()))
     return Trajectory(lm, params.methods[position], params.requests(order), statistics, Store(folder))
 
 
@@ -91,7 +91,7 @@ def survey(params: "Params", model: str, folder: Path) -> tuple[dict[str, Any], 
         what a manifest says of it, with the ``memory`` a worker needs and the positions in
         ``params.methods`` of those that must ``prepare``; the states of each trajectory, by (position, order).
     """
-    lm, _ = _loaded(model, tuple(params.statistics.items()))
+    lm, _ = _loaded(model, params.dtype, tuple(params.statistics.items()))
     places = [(position, order) for position in range(len(params.methods)) for order in params.orders]
     trajectories = {place: _trajectory(params, model, *place, folder) for place in places}
     editors = {position: trajectory.editor for (position, _), trajectory in trajectories.items()}
@@ -110,7 +110,7 @@ def survey(params: "Params", model: str, folder: Path) -> tuple[dict[str, Any], 
 def prepare(params: "Params", model: str, positions: Sequence[int], folder: Path) -> None:
     """What methods need before their first edit: second moments for all in one pass, and training."""
     editors = [_trajectory(params, model, position, params.orders[0], folder).editor for position in positions]
-    _, statistics = _loaded(model, tuple(params.statistics.items()))
+    _, statistics = _loaded(model, params.dtype, tuple(params.statistics.items()))
     statistics.prepare(sorted({layer for editor in editors for layer in editor.moments_of}))
     for editor in editors:
         editor.prepare()

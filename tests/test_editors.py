@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import CONTEXTS, HPARAMS, REQUEST
+from conftest import CONTEXTS, HPARAMS, REQUEST, build
 
 import kedit
 from kedit import EditRequest, KeditError
-from kedit.journal import Edit, EditFailed
+from kedit.journal import Dense, Edit, EditFailed
 from kedit.keys import Statistics
+from kedit.models import LM, matrix
 
 
 def probability(lm, request):
@@ -103,6 +104,41 @@ def test_a_run_taken_up_again_makes_the_edit_that_it_would_have_made(llama, meth
     found = editor.apply(second)
     assert same(llama, state)
     assert {**found.info, "seconds": 0} == {**expected.info, "seconds": 0}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # Linear, and Conv1D
+def test_updates_below_half_precisions_grid_add_up(architecture, tokenizer):
+    lm = LM(build(architecture, len(tokenizer)).bfloat16(), tokenizer, architecture)
+    before, module = bits(lm), lm.anatomy.name(lm.anatomy.down(2))
+    exact = matrix(lm.anatomy.down(2)).double()
+    small = 1e-4 * torch.ones(*exact.shape)
+    assert torch.equal((exact + small).bfloat16()[exact.abs() > 0.1], exact.bfloat16()[exact.abs() > 0.1])
+    saved = []
+    for step in range(60):
+        with lm.journal.recording("test", str(step)) as edit:
+            edit.write(Dense(module, small))
+        saved.append(edit)
+    torch.testing.assert_close(matrix(lm.anatomy.down(2)).double(), exact + 60e-4, rtol=2**-8, atol=1e-5)
+    state = bits(lm)
+    with lm.journal.unedited():
+        assert same(lm, before)
+    assert same(lm, state)
+    lm.journal.edits[-1].undo()
+    lm.journal.replay(saved[-1])
+    assert same(lm, state)
+    lm.journal.reset()
+    assert same(lm, before)
+
+
+@pytest.mark.parametrize("method", [name for name in HPARAMS if name != "kn"])
+def test_editors_reach_their_target_on_a_half_precision_model(method, tokenizer, statistics):
+    lm = LM(build("llama", len(tokenizer)).bfloat16(), tokenizer, "llama")
+    editor = make(method, lm, statistics)
+    before, start = bits(lm), probability(lm, REQUEST)
+    edit = editor.apply(REQUEST)
+    assert probability(lm, REQUEST) > 10 * start or method == "grace"
+    edit.undo()
+    assert same(lm, before)
 
 
 def test_the_control_changes_nothing_and_is_journalled(llama):

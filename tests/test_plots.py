@@ -34,3 +34,19 @@ def test_published_curves_are_grey_and_begin_unedited():
     plt.close(figure)
     assert len(ax.lines) == len(ax.texts) == 6
     assert all(line.get_xdata()[0] == 0 and line.get_ydata()[0] == 0.4587 for line in ax.lines)
+
+
+def test_a_panel_of_what_was_published_shows_ours_and_theirs():
+    def lines(benchmark):
+        rows = [("none", 0, 0.5), ("rome", 0, 0.5), ("rome", 20, 0.2)]
+        frame = pd.DataFrame(rows, columns=["method", "edits", "value"]).assign(
+            model="meta-llama/Llama-2-7b-hf", ci_low=0.1, ci_high=0.6, chance=0.25, status="ok"
+        )
+        figure, ax = plt.subplots()
+        plots.ability_panel(ax, frame[frame.method == "rome"], benchmark)
+        plt.close(figure)
+        return [max(line.get_xdata()) for line in ax.lines if line.get_color() == "#a6a6a6"]
+
+    assert lines("mini_mmlu") == []
+    assert max(lines("mmlu")) <= 20
+    assert len(lines("mmlu")) == 6

@@ -7,15 +7,12 @@ so that the result does not depend on how work is shared; sizes train side by si
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 import kedit
-from kedit import KeditError
+from kedit import KeditError, workers
 from kedit.pico import world
 from kedit.store import write_atomic
 
@@ -57,7 +54,7 @@ RECIPES = {
     "pico-0.1m": Recipe(48, 3, 4, 8e-3),
     "pico-0.4m": Recipe(80, 4, 4, 6e-3),
     "pico-1.5m": Recipe(144, 5, 4, 4e-3),
-    "pico-5m": Recipe(248, 6, 4, 2.5e-3),
+    "pico-5m": Recipe(248, 6, 4, 1.5e-3),
     "pico-1.5m-instruct": Recipe(144, 5, 4, 1e-3, tokens=204_800, start="pico-1.5m"),
 }
 
@@ -199,7 +196,7 @@ def make(names: list[str] | None = None, jobs: int | None = None) -> list[Path]:
     for (name,) in (chain for chain in chains if RECIPES[chain[0]].start and len(chain) == 1):
         shutil.copytree(WEIGHTS / RECIPES[name].start, folder / RECIPES[name].start)
     chains.sort(key=lambda chain: -RECIPES[chain[0]].width)  # the longest work first
-    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with workers.pool(jobs or workers.cores()) as pool:
         futures = [pool.submit(_make, chain, folder, place) for place, chain in enumerate(chains)]
         entries = {name: entry for future in futures for name, entry in future.result().items()}
     manifest = WEIGHTS / "manifest.json"
