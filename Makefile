@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures verify tables bench pico test lint pytest nbval lab clean
+.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify tables bench pico test lint pytest nbval lab clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ plan: $(READY) ## what a run would do, cost and need, without loading a model  P
 
 figures: $(READY) ## redraw every figure from its committed cells, in seconds
 	$(PY) -m kedit figures
+
+report: $(READY) ## the notebooks, and all figures and verdicts on one page, as HTML: runs/report/index.html
+	$(PY) -m kedit report
 
 verify: $(READY) ## compare your last run with the committed reference  PARAMS=rq1/smollm2-135m
 	$(PY) -m kedit verify params/$(or $(PARAMS),rq1/smollm2-135m).yaml

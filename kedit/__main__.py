@@ -119,6 +119,13 @@ def _figures(args: argparse.Namespace) -> None:
         print(path.relative_to(kedit.ROOT))
 
 
+def _report(args: argparse.Namespace) -> None:
+    from kedit.report import html
+
+    for path in html(kedit.RUNS / "report"):
+        print("made", os.path.relpath(path, kedit.ROOT))
+
+
 def _verify(args: argparse.Namespace) -> None:
     from kedit.report import differences
     from kedit.study import Params, Results
@@ -150,6 +157,9 @@ def main(argv: list[str] | None = None) -> int:
         command.set_defaults(function=function)
     commands.add_parser("list", help="list the parameter files").set_defaults(function=_list)
     commands.add_parser("figures", help="redraw all from committed cells").set_defaults(function=_figures)
+    commands.add_parser(
+        "report", help="render the committed notebooks, and a page of all figures and verdicts, as HTML"
+    ).set_defaults(function=_report)
     command = commands.add_parser("tables", help="measure the README's tables and write them into it")
     command.add_argument("names", nargs="*")
     command.set_defaults(function=_tables)

@@ -47,6 +47,7 @@ _LLAMA = Shape(4096, 32, 11008, 3, 4096, 32000, 6_738_415_616, 4096, gated=True)
 _MISTRAL = Shape(4096, 32, 14336, 3, 1024, 32000, 7_241_732_096, 32768, gated=True)
 _GPT2_XL = Shape(1600, 48, 6400, 2, 1600, 50257, 1_557_611_200, 1024)
 _SMOLLM2 = Shape(576, 30, 1536, 3, 192, 49152, 134_515_008, 8192)
+_PICO = Shape(144, 5, 576, 2, 144, 691, 1_353_312, 128)
 SHAPES = {
     "smollm2-135m-instruct": _SMOLLM2,
     "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2,
@@ -58,6 +59,11 @@ SHAPES = {
     "EleutherAI/pythia-2.8b": Shape(2560, 32, 10240, 2, 2560, 50304, 2_775_208_960, 2048),
     "EleutherAI/pythia-6.9b": Shape(4096, 32, 16384, 2, 4096, 50432, 6_857_302_016, 2048),
     "EleutherAI/pythia-12b": Shape(5120, 36, 20480, 2, 5120, 50688, 11_846_072_320, 2048),
+    "pico-0.1m": Shape(48, 3, 192, 2, 48, 691, 118_080, 128),
+    "pico-0.4m": Shape(80, 4, 320, 2, 80, 691, 366_800, 128),
+    "pico-1.5m": _PICO,
+    "pico-1.5m-instruct": _PICO,
+    "pico-5m": Shape(248, 6, 992, 2, 248, 691, 4_619_496, 128),
     "meta-llama/Llama-2-7b-hf": _LLAMA,
     "meta-llama/Llama-2-7b-chat-hf": _LLAMA,
     "mistralai/Mistral-7B-v0.1": _MISTRAL,
@@ -289,9 +295,10 @@ def check_memory(params: Params, here: tuple[str, int, int] | None = None) -> No
             for need, there, where in ((needs[0], near, f"{device} memory"), (needs[1], host, "host memory")):
                 if need <= there:
                     continue
+                others = {other: replace(shape_, weight=shape.weight) for other, shape_ in SHAPES.items()}
                 fitting = [
                     other
-                    for other, shape_ in SHAPES.items()
+                    for other, shape_ in others.items()
                     if shape_.bytes < shape.bytes and memory(shape_, "control", None, device)[0] <= near * 0.8
                 ]
                 smaller = max(fitting, key=lambda other: SHAPES[other].bytes, default=None)

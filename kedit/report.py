@@ -13,7 +13,7 @@ from kedit import plots, safety, stats
 from kedit.inference import Ability, abilities, by_aspect, effects
 from kedit.single import editing_table
 from kedit.store import write_atomic
-from kedit.study import Params, Results
+from kedit.study import QUESTIONS, Params, Results
 
 # A run's folder ----------------------------------------------------------------------------------
 
@@ -371,3 +371,55 @@ def update_readme(names: list[str]) -> None:
         if not replaced:
             raise kedit.KeditError(f"README.md has no place for the table {name!r}; add its markers.")
         write_atomic(path, text.encode())
+
+
+# The report ---------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Should we really edit language models?</title>
+<style>
+body {{ font: 16px/1.5 Georgia, serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }}
+h1, h2 {{ font-weight: normal }} section {{ margin: 3em 0 }} img {{ max-width: 100% }}
+p.verdict {{ white-space: pre-line }}
+</style>
+<h1>Should we really edit language models?</h1>
+{sections}
+</html>
+"""
+SECTION = """<section><h2><a href="{link}">{title}</a></h2>
+<a href="{link}"><img src="data:image/png;base64,{figure}" alt="{title}"></a>
+<p class="verdict">{verdict}</p></section>
+"""
+
+
+def html(folder: Path) -> list[Path]:
+    """Render the committed notebooks, and a page with every question's figure and verdict side by side.
+
+    Returns:
+        the files made, the page first. Nothing in them is fetched from elsewhere.
+    """
+    from html import escape
+
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(mathjax_url="", require_js_url="")
+    made, sections = [], []
+    for stem in QUESTIONS.values():
+        notebook = nbformat.read(kedit.ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
+        title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
+        after = next(i for i, cell in enumerate(notebook.cells) if "## Verdict" in cell.source)
+        verdict = "".join(output.text for output in notebook.cells[after + 1].outputs)
+        (figure, *_) = [
+            output.data["image/png"]
+            for cell in notebook.cells
+            for output in cell.get("outputs", ())
+            if "image/png" in output.get("data", {})
+        ]
+        page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
+        made.append(folder / f"{stem}.html")
+        write_atomic(made[-1], page.encode())
+        sections.append(
+            SECTION.format(link=made[-1].name, title=escape(title), figure=figure.strip(), verdict=escape(verdict))
+        )
+    write_atomic(folder / "index.html", PAGE.format(sections="".join(sections)).encode())
+    return [folder / "index.html", *made]

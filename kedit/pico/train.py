@@ -98,11 +98,10 @@ def sequences(tuning: bool = False) -> Iterator[tuple[list[int], list[int]]]:
             ids, labels = [separator], [IGNORED]
 
 
-def untrained(recipe: Recipe) -> GPTNeoXForCausalLM:
-    """A model as it is before its first step."""
-    torch.manual_seed(world.SEED)
+def configuration(recipe: Recipe) -> GPTNeoXConfig:
+    """A model's shape."""
     separator = tokenizer().bos_token_id
-    config = GPTNeoXConfig(
+    return GPTNeoXConfig(
         vocab_size=len(tokenizer()),
         hidden_size=recipe.width,
         num_hidden_layers=recipe.layers,
@@ -114,7 +113,12 @@ def untrained(recipe: Recipe) -> GPTNeoXForCausalLM:
         bos_token_id=separator,
         eos_token_id=separator,
     )
-    return GPTNeoXForCausalLM(config)
+
+
+def untrained(recipe: Recipe) -> GPTNeoXForCausalLM:
+    """A model as it is before its first step."""
+    torch.manual_seed(world.SEED)
+    return GPTNeoXForCausalLM(configuration(recipe))
 
 
 def train(
