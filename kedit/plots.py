@@ -434,7 +434,7 @@ def damage(checkpoints: pd.DataFrame, alarms: dict[str, float] | None = None) ->
                 continue
             ax.set_yscale(scale, **({"linthresh": 0.01} if scale == "symlog" else {}))
             ax.autoscale(axis="y")
-            ax.set_ylim(0 if scale == "symlog" else None, min(ax.get_ylim()[1], BROKEN))
+            ax.set_ylim(0 if scale == "symlog" else 0.7 * min(1, finite.min()), min(ax.get_ylim()[1], BROKEN))
         for ax in flat[max(0, len(shown) - columns) : len(shown)]:
             ax.set_xlabel("sequential edits")
         _legend(figure, flat[len(shown) :], methods, lines=False)

@@ -275,9 +275,10 @@ def predictors_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def damage_verdict(table: pd.DataFrame) -> str:
     """One sentence from ``stats.predictors``: which measures go with the loss of ability, and which comes first."""
+    claim = "Damage inside goes with the loss of ability"
     with_it = table[table.rho_high < 0]
     if not len(with_it):
-        return "INCONCLUSIVE: no measure's rank correlation with the ability kept excludes 0."
+        return f"{claim}: INCONCLUSIVE. No measure's rank correlation with the ability kept excludes 0."
     told = ", ".join(f"{row.measure} ({_shown(row.rho, row.rho_low, row.rho_high)})" for row in with_it.itertuples())
     first = with_it.sort_values(["before", "rho"], ascending=[False, True], kind="stable").iloc[0]
     when = (
@@ -285,7 +286,8 @@ def damage_verdict(table: pd.DataFrame) -> str:
         if first.before
         else f"none gives the alarm at a checkpoint before any of the {first.collapsed} collapses"
     )
-    return f"{len(with_it)} of {len(table)} measures fall with the ability (rank correlation): {told}; {when}."
+    rising = f"{len(with_it)} of {len(table)} measures rise as the ability falls"
+    return f"{claim}: SUPPORTED. {rising} (rank correlation): {told}; {when}."
 
 
 # The README's tables ---------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ import copy
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import CONTEXTS, HPARAMS, REQUEST
 
 import kedit
-from kedit import KeditError
+from kedit import KeditError, report
 from kedit.damage import PROMPT, effective_rank, held_out, measure, singular_values
 from kedit.journal import LowRank
 from kedit.keys import sequences
@@ -200,3 +201,13 @@ def test_passages_are_not_those_of_the_second_moments(llama, text):
     assert not used & passages
     with pytest.raises(KeditError, match="fewer than"):
         held_out(llama, text["text"], 300, 2048)
+
+
+def test_the_verdict_follows_the_correlations():
+    columns = ["measure", "rho", "rho_low", "rho_high", "alarm", "collapsed", "before", "lead", "false_alarms"]
+    with_it = ("cosine", -0.9, -1.0, -0.5, 0.1, 2, 1, 5, 0)
+    without = ("condition", -0.3, -0.9, 0.4, 2.0, 2, 2, 5, 0)
+    both = report.damage_verdict(pd.DataFrame([with_it, without], columns=columns))
+    assert "SUPPORTED. 1 of 2 measures" in both
+    assert "cosine, before 1 of 2 collapses" in both
+    assert "INCONCLUSIVE" in report.damage_verdict(pd.DataFrame([without], columns=columns))

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import kedit
+from kedit import report
 from kedit.study import QUESTIONS, Params, Results
 
 NOTEBOOKS = sorted((kedit.ROOT / "notebooks").glob("*.ipynb"))
@@ -122,3 +123,13 @@ def test_smoke_runs_without_any_network(tmp_path):
     edits = Results.load(Params.read(kedit.ROOT / "params/rq1/smoke.yaml"), folder).edits
     assert [edit["number"] for edit in edits if edit["method"] == "rome"] == [1, 2]
     assert all(edit["amplification"] < 2 for edit in edits if edit["method"] == "rome")
+
+
+def test_the_report_holds_every_question_and_fetches_nothing(tmp_path):
+    index, *pages = report.html(tmp_path)
+    assert [page.stem for page in pages] == list(QUESTIONS.values())
+    text = index.read_text()
+    for page in pages:
+        assert f'href="{page.name}"' in text
+        assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", page.read_text())
+    assert len(re.findall(r"SUPPORTED|INCONCLUSIVE", text)) >= len(pages) - 1
