@@ -21,10 +21,10 @@ MANIFEST = json.loads((train.WEIGHTS / "manifest.json").read_text())["models"]
 @cache
 def training_text() -> str:
     """The documents of the training text and the tuning set, more of them than any model has read."""
-    documents = [*islice(world.documents(world.BASE, "base"), 60_000)]
-    documents += islice(world.documents(world.TUNING, "tuning"), 10_000)
-    tokens = sum(len(document.split()) for document in documents[:60_000])
-    assert tokens > train.RECIPES["pico-5m"].tokens / 1.3  # punctuation not counted
+    documents = [*islice(world.documents(world.BASE, "base"), 100_000)]
+    words = sum(len(document.split()) for document in documents)  # fewer than tokens
+    assert words > train.RECIPES["pico-5m"].tokens
+    documents += islice(world.documents(world.TUNING, "tuning"), 20_000)
     return "\n".join(documents)
 
 
