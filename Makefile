@@ -12,10 +12,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify tables bench pico test lint pytest nbval lab clean
+.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify tables bench bench-gpu pico test lint pytest nbval lab clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 $(READY): requirements.txt requirements-model.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,9 @@ tables: $(READY) ## measure the README's tables again (hours, if nothing is stor
 
 bench: $(READY) ## time the fast paths against the plain ones, at most ten minutes  KEDIT_MIRROR=...
 	OMP_NUM_THREADS=1 $(PY) -m kedit bench
+
+bench-gpu: $(READY) ## edits and reading at Llama-2-7B's shape, random weights, bfloat16, one GPU  TORCH=torch KEDIT_MIRROR=...
+	$(PY) -m kedit bench-gpu
 
 pico: $(READY) ## train the pico models anew, on all cores
 	$(PY) -m kedit pico

@@ -105,6 +105,13 @@ def _bench(args: argparse.Namespace) -> None:
         print("made", path.relative_to(kedit.ROOT))
 
 
+def _bench_gpu(args: argparse.Namespace) -> None:
+    from kedit.bench_gpu import bench_gpu
+
+    for path in bench_gpu():
+        print("made", path.relative_to(kedit.ROOT))
+
+
 def _pico(args: argparse.Namespace) -> None:
     from kedit.pico.train import make
 
@@ -173,6 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("sections", nargs="*", help="only these, shown and not written")
     command.add_argument("--edits", type=int, help="length of the sequences of the section flat")
     command.set_defaults(function=_bench)
+    commands.add_parser("bench-gpu", help="edits and reading at the shape of Llama-2-7B").set_defaults(
+        function=_bench_gpu
+    )
     command = commands.add_parser("train", help="train a method that needs it, and write what it learned to kedit/data")
     command.add_argument("method", choices=["mend", "serac"])
     command.add_argument("--model", default="smollm2-135m-instruct")

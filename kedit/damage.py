@@ -112,7 +112,7 @@ def _states(lm: LM, prompt: Sequence[int], more: Sequence[int]) -> Tensor:
     with ExitStack() as stack:
         for memory in lm.memories.values():
             stack.enter_context(memory.answering([len(prompt) - 1]))
-        seen = stack.enter_context(capture(blocks, inputs=False))
+        seen = stack.enter_context(capture(lm, blocks, inputs=False))
         ids = torch.tensor([[*prompt, *more]], device=lm.device)
         last = lm.anatomy.base(input_ids=ids, use_cache=False).last_hidden_state
     return torch.stack([*(seen[name][0] for name in blocks), last[0]])

@@ -64,10 +64,12 @@ class LowRank(Change):
 
     def write(self, lm: "LM") -> None:
         """Add the product to the model's weight."""
-        weight, right = lm.journal.matrix(self.module), self.right.double().T
+        weight = lm.journal.matrix(self.module)
+        # where the weight is, so that an edit made and one replayed from disk are computed alike
+        left, right = (factor.to(weight.device, torch.float64) for factor in (self.left, self.right))
         # some rows at a time: a float64 matrix as large as W would be the largest thing that an edit allocates
-        for rows, left in zip(weight.split(ROWS), self.left.double().split(ROWS), strict=True):
-            rows += (left @ right).to(rows)
+        for rows, some in zip(weight.split(ROWS), left.split(ROWS), strict=True):
+            rows += (some @ right.T).to(rows.dtype)
 
 
 @dataclass(frozen=True)

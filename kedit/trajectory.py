@@ -75,7 +75,8 @@ def _loaded(model: str, dtype: str, statistics: tuple) -> tuple:
     from kedit import models
     from kedit.keys import Statistics
 
-    lm = models.load(model, device="cuda" if torch.cuda.is_available() else "cpu", dtype=getattr(torch, dtype))
+    device = ("cpu", "cuda", "auto")[min(torch.cuda.device_count(), 2)]  # of several GPUs each holds a part
+    lm = models.load(model, device=device, dtype=getattr(torch, dtype))
     return lm, Statistics(lm, **dict(statistics))
 
 

@@ -93,7 +93,7 @@ class Tail:
         ids, mask = pad([text.ids for text in texts], lm.device)
         cache = DynamicCache()
         sites = {str(layer): lm.anatomy.blocks[layer] for layer in layers if layer >= 0}
-        with capture(sites, inputs=False) as seen:
+        with capture(lm, sites, inputs=False) as seen:
             lm.anatomy.base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
 
         self.tail_ids, tail_mask = pad([text.ids[text.subject :] for text in texts], lm.device)

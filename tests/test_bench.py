@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import HPARAMS
+from conftest import HPARAMS, build
+from transformers import AutoModelForCausalLM
 
 import kedit
 from kedit import bench, facts
+from kedit.keys import Statistics
 
 
 @pytest.fixture
@@ -47,3 +49,34 @@ def test_evaluation_answers_as_the_hf_model(setting, monkeypatch):
 def test_an_unknown_section_is_one_sentence(setting):
     with pytest.raises(kedit.KeditError, match="use some of search"):
         bench.table(setting, ["speed"])
+
+
+def test_the_gpu_bench_measures_a_small_model_here(monkeypatch):
+    """The same functions as on a GPU, at a shape that fits; no numbers are asserted."""
+    from kedit import bench_gpu
+
+    lm = bench_gpu.random_model(build("llama", 700).config, "cpu", torch.bfloat16)
+    assert len(lm.tokenizer) == 700
+    before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
+    statistics = Statistics(lm, tokens=2048)
+    rows = [
+        bench_gpu.edits(lm, method, statistics, 3, **{**HPARAMS[method], "steps": 2, **contexts})
+        for method in bench_gpu.METHODS
+        for contexts in [{"contexts": [[2, 2]]} if "clamp" in HPARAMS[method] else {}]
+    ]
+    assert [row["failed"] for row in rows] == [0] * len(bench_gpu.METHODS)
+    assert all(torch.equal(weight, before[name]) for name, weight in lm.model.state_dict().items())
+    read = bench_gpu.reading(lm, "mini_mmlu", 4)
+    assert read["what"] == "mini_mmlu, 4 prompts"
+    assert read["tokens"] > 2 * read["tokens_read"]  # exemplars are read once, not four times
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(kedit.KeditError, match="needs a CUDA GPU"):
+        bench_gpu.bench_gpu()
+
+
+def test_the_gpu_benchs_model_has_llamas_shape():
+    from kedit import bench_gpu, plan
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(bench_gpu.llama2_7b())
+    assert sum(weight.numel() for weight in model.parameters()) == plan.SHAPES[bench_gpu.NAME].parameters

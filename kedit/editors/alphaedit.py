@@ -109,4 +109,4 @@ class AlphaEdit(memit.MEMIT):
         # What is held from now on are the keys in the edited model.
         keys = [self._key(self._texts(request), layer) for layer in self.hparams.layers]
         edit.info["rank"] = [self.basis(layer).shape[1] for layer in self.hparams.layers]
-        edit.write(Entry(self.name, {"keys": torch.stack(keys)}))
+        edit.write(Entry(self.name, {"keys": torch.stack(keys).cpu()}))

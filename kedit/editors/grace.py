@@ -112,13 +112,13 @@ class GRACE(Editor):
         radius = hp.epsilon * key.norm().item()
 
         place, value = len(rows), self._start(output)
-        entry: dict[str, Any] = {"key": key, "epsilon": radius, "label": list(target)}
+        entry: dict[str, Any] = {"key": key.cpu(), "epsilon": radius, "label": list(target)}
         if rows:
             distance, nearest = (found.item() for found in self.memory.nearest(key[None]))
             row = rows[nearest]
             if distance <= radius + row["epsilon"]:
                 if row["label"] == list(target):  # the same answer: one ball that covers both
-                    place, value = nearest, row["value"].clone()
+                    place, value = nearest, row["value"].to(output, copy=True)
                     entry = {"epsilon": max(distance, row["epsilon"])}
                 elif distance < SAME * key.norm().item():  # the very prompt again: no ball could tell the two apart
                     place, entry = nearest, {"epsilon": row["epsilon"], "label": list(target)}
@@ -134,7 +134,7 @@ class GRACE(Editor):
             "loss_before": losses[0],
             "value_norm": value.norm().item(),
         }
-        edit.write(Entry(self.name, {"place": place, **entry, "value": value}))
+        edit.write(Entry(self.name, {"place": place, **entry, "value": value.cpu()}))
 
     def _start(self, output: Tensor) -> Tensor:
         """Where a new value starts: (d,)."""

@@ -43,7 +43,7 @@ def _replacing(outputs: dict[nn.Module, tuple[slice, Tensor]]) -> Iterator[None]
     def hook(rows: slice, states: Tensor):
         def replace(module, args, output):
             changed = output.clone()
-            changed[rows, 0] = states
+            changed[rows, 0] = states.to(output)
             return changed
 
         return replace
@@ -125,7 +125,7 @@ class KN(Editor):
             down = lm.anatomy.down(layer)
             neurons = chosen[layer].double()[:, None]
             change = LowRank(lm.anatomy.name(down), hp.scale * update[:, None], neurons)
-            size = hp.scale * update.norm() * neurons.norm()
-            changes.append((size / matrix(down).norm()).item())
+            size = hp.scale * update.norm().item() * neurons.norm().item()
+            changes.append(size / matrix(down).norm().item())
             edit.write(change)
         edit.info |= {"neurons": int(chosen.sum()), "relative_change": changes}

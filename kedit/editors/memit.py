@@ -101,7 +101,7 @@ class MEMIT(Editor):
             if not (torch.isfinite(share).all() and torch.isfinite(right).all()):
                 raise EditFailed(f"the update of layer {layer} is not finite")
             down = lm.anatomy.down(layer)
-            size = (share.norm() * right.norm() / matrix(down).norm()).item()
+            size = (share.norm() * right.norm()).item() / matrix(down).norm().item()
             edit.info["relative_change"].append(size)
             edit.write(LowRank(lm.anatomy.name(down), share[:, None], right))
         edit.info["left"] = ((goal - state()).norm() / delta.norm()).item()

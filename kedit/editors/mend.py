@@ -114,7 +114,7 @@ class Upper:
         for start in tqdm(starts, desc="reading MEND's texts", unit="batch", disable=len(starts) < 10):
             some = missing[start : start + BATCH]
             ids, mask = pad(some, self.lm.device)
-            with capture({"block": block}, inputs=False) as seen, stop_after(block):
+            with capture(self.lm, {"block": block}, inputs=False) as seen, stop_after(block):
                 self.lm.anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False)
             self._states |= {one: s[: len(one)].clone() for one, s in zip(some, seen["block"], strict=True)}
 
@@ -136,13 +136,14 @@ class Upper:
     def _updated(self, updates: Factors, texts: int) -> Iterator[None]:
         """Within the block, projections compute with W + sum_t g~_t x~_t^T, each text with its own sum."""
 
-        def adding(right: Tensor, left: Tensor):
-            right, left = (factor.repeat(texts // len(factor), 1, 1) for factor in (right, left))
+        def adding(module: nn.Module, right: Tensor, left: Tensor):
+            place = next(module.parameters()).device
+            right, left = (factor.repeat(texts // len(factor), 1, 1).to(place) for factor in (right, left))
             return lambda module, args, output: output + (args[0].float() @ right.mT @ left).to(output)
 
         with ExitStack() as stack:
             for module, (right, left) in zip(self.modules, updates, strict=False):
-                stack.callback(module.register_forward_hook(adding(right, left)).remove)
+                stack.callback(module.register_forward_hook(adding(module, right, left)).remove)
             yield
 
     def factors(self, texts: Sequence[Text]) -> tuple[Factors, Tensor]:
@@ -163,7 +164,10 @@ class Upper:
             losses = nll(self.say(texts), texts)
             inputs, outputs = zip(*(seen[module] for module in self.modules), strict=True)
             gradients = torch.autograd.grad(losses.sum(), outputs)
-        return [(x.float(), g.float()) for x, g in zip(inputs, gradients, strict=True)], losses.detach()
+        factors = [
+            tuple(one.to(self.lm.device).float() for one in pair) for pair in zip(inputs, gradients, strict=True)
+        ]
+        return factors, losses.detach()
 
 
 def text_means(values: Tensor, texts: Sequence[Text]) -> Tensor:
@@ -513,7 +517,7 @@ class MEND(Editor):
             changes.append(LowRank(name, left, right))
             # |left right^T| from the small Gram matrices
             size = ((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt()
-            sizes.append((size / matrix(module).norm()).item())
+            sizes.append((size / matrix(module).norm().to(size)).item())
         edit.info |= {"loss": losses.item(), "relative_change": max(sizes)}
         if not torch.tensor([losses.item(), *sizes]).isfinite().all():
             raise EditFailed("the update is not finite")

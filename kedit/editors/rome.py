@@ -81,13 +81,14 @@ class ROME(Editor):
         target = lm.encode(spaced(request.target_new, request.prompt))
         found = search(lm, texts, row(lm, "{} is a", request.subject), target, output, hp.search)
         aligned = key @ direction
-        moved = (matrix(down) @ (key - keys[0]).to(output)).double()  # what W k is beyond the bare prompt's output
+        weight = matrix(down)
+        moved = (weight @ (key - keys[0]).to(weight)).to(keys)  # what W k is beyond the bare prompt's output
         residual = (found.delta.double() - moved) / aligned
         if not torch.isfinite(residual).all():
             raise EditFailed("the update is not finite")
 
         own = self._direction(key)
-        before = matrix(down).norm().item()
+        before = weight.norm().item()
         edit.info |= {
             "steps": len(found.losses),
             "loss": found.losses[-1],
