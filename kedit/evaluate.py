@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import lm_eval
+import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -88,7 +89,7 @@ def _item(sample: dict[str, Any], metric: str, name: str) -> dict[str, Any]:
     else:
         item["lp"] = [round(float(lp), 4) for lp, _ in sample["filtered_resps"]]
         item["parsed"] = all(math.isfinite(lp) for lp in item["lp"])
-        item["target"] = sample["target"]
+        item["target"] = np.asarray(sample["target"]).tolist()  # ToxiGen's are numpy's integers
     return item
 
 

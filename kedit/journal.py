@@ -235,20 +235,22 @@ class Journal:
         """A module's weight with the bits it had before any edit."""
         return self._originals.get(module, self._weight(module).detach())
 
+    @torch.no_grad()
+    def _copy(self, weights: dict[str, Tensor]) -> None:
+        for module, weight in weights.items():
+            self._weight(module).copy_(weight)
+
     @contextmanager
     def unedited(self) -> Iterator[None]:
         """Within the block the model is the unedited one, weights and memories; afterwards as it was, to the bit."""
         present = {module: self._weight(module).detach().clone() for module in self._originals}
         memories, self.lm.memories = self.lm.memories, {}
-        with torch.no_grad():
-            try:
-                for module in present:
-                    self._weight(module).copy_(self._originals[module])
-                yield
-            finally:
-                for module, weight in present.items():
-                    self._weight(module).copy_(weight)
-                self.lm.memories = memories
+        try:
+            self._copy({module: self._originals[module] for module in present})
+            yield  # gradients as the caller has them: a method may train
+        finally:
+            self._copy(present)
+            self.lm.memories = memories
 
     @contextmanager
     def recording(self, method: str, request: str) -> Iterator[Edit]:

@@ -25,6 +25,19 @@ class Devices(TorchFunctionMode):
         self.crossings = 0
         """Tensors that went from one place to another."""
 
+    def __enter__(self) -> "Devices":
+        make = Tensor._make_subclass
+
+        def placed(cls: type, tensor: Tensor, *rest: Any) -> Tensor:
+            return self.put(make(cls, tensor, *rest), self.of(tensor))
+
+        Tensor._make_subclass = placed  # parameters are made beside torch functions
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        del Tensor._make_subclass  # torch's own, of the base class, is there again
+        super().__exit__(*error)
+
     def of(self, tensor: Tensor) -> torch.device:
         """A tensor's place."""
         return self.places.get(tensor, HOST)
@@ -49,7 +62,8 @@ class Devices(TorchFunctionMode):
             return self.of(args[0])
         if func == Tensor.data.__set__:
             func(*args)
-            return self.put(args[0], self.of(args[1])) and None
+            self.put(args[0], self.of(args[1]))
+            return None
         if func in (Tensor.to, Tensor.cpu):
             tensor, *rest = args
             place, dtype = kwargs.get("device"), kwargs.get("dtype")
@@ -67,8 +81,13 @@ class Devices(TorchFunctionMode):
             return self.put(found.clone(), place)
         if func == Tensor.numpy and self.of(args[0]) != HOST:
             raise RuntimeError("numpy asks for a tensor on the host")
-        if func == Tensor.copy_:
+        if func in (Tensor.copy_, torch._has_compatible_shallow_copy_type):  # the latter: Module.to asks about types
             return func(*args, **kwargs)
+        if func == torch.autograd.grad:  # goes back through all devices; a gradient is where its tensor is
+            found = func(*args, **kwargs)
+            for gradient, tensor in zip(found, args[1], strict=True):
+                self.put(gradient, self.of(tensor))
+            return found
         place = kwargs.pop("device", None)
         checked = tree_leaves((args, kwargs))
         if func in (Tensor.__getitem__, Tensor.__setitem__):  # indices may be on the host
