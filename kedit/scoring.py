@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from kedit.memory import Route, routes
 from kedit.models import LM
@@ -28,8 +29,13 @@ PACK = 384
 ROWS = 48
 """Texts generated together."""
 
+GRAMS = (8, 4, 2)
+"""Tokens by which a guess is looked up, the most telling first."""
+REACH = (4, 32)
+"""Tokens of a guess, at least and at most."""
+
 Ids = Sequence[int]
-TRUNK = -1  # owner of the prefix's tokens
+TRUNK, NOBODY = -1, -2  # owners of the prefix's tokens and of wrong guesses
 CONTEXT, GUESS = 0, -1  # branches of a context's own tokens and of a guess at what follows it
 
 
@@ -86,8 +92,11 @@ def _forward(lm: LM, ids: Ids, tokens: Tokens, before: Read | None, ends: Sequen
     ``ends`` are the places of contexts' last tokens, where a memory may answer.
     """
     cache = DynamicCache()
-    for layer, (keys, values) in enumerate(before.past if before else ()):
-        cache.update(keys, values, layer)
+    for keys, values in before.past if before else ():
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values  # as they are; ``update`` would copy them
+        cache.layers.append(layer)
     seen = Tokens.cat([before.tokens, tokens]) if before else tokens
     same = (seen.owner == tokens.owner[:, None]) & ((seen.branch == CONTEXT) | (seen.branch == tokens.branch[:, None]))
     depth = tokens.position[:, None] - seen.position
@@ -241,7 +250,7 @@ def _read(
         len(c) - len(prefix) + len(guesses.get(c, ())) + sum(len(pairs[i][1]) - 1 for i in asked.get(c, ()))
         for c in contexts
     ]
-    waiting: list[tuple[int, list[int], Read]] = []  # (prompt, its tokens so far, all but the last as read)
+    waiting: list[tuple[Text, Read]] = []  # a text so far, and all but its last token as read
     for pack in _packs(costs):
         ids: list[int] = []
         parts: list[Tokens] = []
@@ -270,18 +279,71 @@ def _read(
         for owner, places in starts:
             context = contexts[owner]
             said = [next(best) for _ in places]
-            guess, prompt = guesses[context], wanted[context][0]
-            right = 0
-            while right < len(guess) and said[right] == guess[right] and not finished(prompt, guess[: right + 1]):
-                right += 1
-            waiting.append((prompt, said[: right + 1], _adopt(seen, owner, len(context) + right)))
+            prompt = wanted[context][0]
+            right = _right(said, guesses[context], lambda tokens, prompt=prompt: finished(prompt, tokens))
+            text = Text(prompt, [*guesses[context], *context])
+            text.add(said[: right + 1])
+            waiting.append((text, _adopt(seen, owner, len(context) + right)))
     for start in range(0, len(waiting), ROWS):
-        for prompt, tokens in _generate(lm, waiting[start : start + ROWS], trunk, limit, finished).items():
-            for index in wanted[tuple(prompts[prompt])]:
-                texts[index] = tokens
-            if drafts is not None:
-                drafts[tuple(prompts[prompt])] = tokens
+        _generate(lm, waiting[start : start + ROWS], trunk, limit, finished)
+    for text, _ in waiting:
+        context = tuple(prompts[text.prompt])
+        for index in wanted[context]:
+            texts[index] = text.tokens
+        if drafts is not None:
+            drafts[context] = text.tokens
     return scores, texts
+
+
+def _right(said: Sequence[int], guess: Sequence[int], finished: Callable[[list[int]], bool]) -> int:
+    """How much of a guess the model says itself, up to where the text is finished."""
+    right = 0
+    while right < len(guess) and said[right] == guess[right] and not finished(list(guess[: right + 1])):
+        right += 1
+    return right
+
+
+class Text:
+    """A text that is being generated, and guesses at how it goes on.
+
+    Models repeat: exemplars, the question, themselves. The guess is what followed the last few tokens when they
+    last stood in the text (prompt lookup decoding); it gets longer while it is right. A wrong guess costs time and
+    changes nothing.
+    """
+
+    def __init__(self, prompt: int, before: Sequence[int]):
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.reach = REACH[0]
+        self._all: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+        self._extend(before)
+
+    def _ends(self) -> Iterator[tuple[int, ...]]:
+        return (tuple(self._all[-count:]) for count in GRAMS)
+
+    def _extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._after.update(dict.fromkeys(self._ends(), len(self._all)))  # the last tokens have none after them
+            self._all.append(token)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Go on by tokens."""
+        self.tokens += tokens
+        self._extend(tokens)
+
+    def guess(self, most: int) -> list[int]:
+        """At most ``most`` tokens that may follow."""
+        place = next((self._after[end] for end in self._ends() if end in self._after), None)
+        if place is None:
+            return []
+        ahead = self._all[place:]  # a text that repeats itself goes round
+        return [ahead[i % len(ahead)] for i in range(min(most, self.reach))]
+
+    def judge(self, guessed: int, right: int) -> None:
+        """Learn how much of a guess was right."""
+        if guessed:
+            self.reach = min(2 * self.reach, REACH[1]) if right == guessed else max(REACH[0], right)
 
 
 def _adopt(seen: Read, owner: int, depth: int) -> Read:
@@ -321,33 +383,44 @@ def _score(
 
 def _generate(
     lm: LM,
-    waiting: Sequence[tuple[int, list[int], Read]],
+    waiting: Sequence[tuple[Text, Read]],
     trunk: Read | None,
     limit: int,
-    finished: Callable[[int, list[int]], bool],
-) -> dict[int, list[int]]:
-    """Greedy decoding of several contexts side by side: prompt -> new tokens."""
-    tokens = {prompt: list(said) for prompt, said, _ in waiting}
-    owners = {prompt: int(own.tokens.owner[0]) for prompt, _, own in waiting}
-    depth = {prompt: int(own.tokens.position[-1]) + 1 for prompt, _, own in waiting}  # of the last token said
-    seen = Read.cat([*([trunk] if trunk else []), *(own for _, _, own in waiting)])
+    finished: Finished,
+) -> None:
+    """Greedy decoding of several texts side by side; each has said one token or more that is not yet read."""
+    owners = {text.prompt: int(own.tokens.owner[0]) for text, own in waiting}
+    depth = {text.prompt: int(own.tokens.position[-1]) + 1 for text, own in waiting}  # of the last token said
+    seen = Read.cat([*([trunk] if trunk else []), *(own for _, own in waiting)])
 
-    def unfinished(some: Sequence[int]) -> list[int]:
-        return [p for p in some if len(tokens[p]) < limit and not finished(p, tokens[p])]
+    def unfinished(some: Sequence[Text]) -> list[Text]:
+        return [t for t in some if len(t.tokens) < limit and not finished(t.prompt, t.tokens)]
 
-    active = unfinished(list(tokens))
+    active = unfinished([text for text, _ in waiting])
     while active:
-        step = Tokens.cat([_tokens(lm, owners[p], CONTEXT, depth[p], 1) for p in active])
-        hidden, seen = _forward(lm, [tokens[p][-1] for p in active], step, seen)
-        for prompt, token in zip(active, lm.logits(hidden).argmax(-1).tolist(), strict=True):
-            tokens[prompt].append(token)
-            depth[prompt] += 1
+        guesses = [text.guess(limit - len(text.tokens) - 1) for text in active]
+        parts = [
+            _tokens(lm, owners[text.prompt], CONTEXT, depth[text.prompt], 1 + len(guess))
+            for text, guess in zip(active, guesses, strict=True)
+        ]
+        ids = [i for text, guess in zip(active, guesses, strict=True) for i in (text.tokens[-1], *guess)]
+        place = len(seen.tokens.owner)
+        hidden, seen = _forward(lm, ids, Tokens.cat(parts), seen)
+        best = iter(lm.logits(hidden).argmax(-1).tolist())
+        for text, guess in zip(active, guesses, strict=True):
+            said = [next(best) for _ in range(1 + len(guess))]
+            right = _right(said, guess, lambda more, text=text: finished(text.prompt, text.tokens + more))
+            text.judge(len(guess), right)
+            text.add(said[: right + 1])
+            depth[text.prompt] += right + 1
+            seen.tokens.owner[place + right + 1 : place + 1 + len(guess)] = NOBODY
+            place += 1 + len(guess)
         left = unfinished(active)
-        if len(left) < len(active):  # what finished texts have read is of no more use
-            keep = torch.tensor([TRUNK, *(owners[p] for p in left)], device=lm.device)
+        if len(left) < len(active) or (seen.tokens.owner == NOBODY).sum() > PACK:
+            # what finished texts have read is of no more use, nor are wrong guesses
+            keep = torch.tensor([TRUNK, *(owners[t.prompt] for t in left)], device=lm.device)
             seen = seen[torch.isin(seen.tokens.owner, keep).nonzero()[:, 0]]
         active = left
-    return tokens
 
 
 def loglikelihoods(lm: LM, pairs: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:

@@ -48,6 +48,22 @@ def test_generation_equals_greedy_decoding(lm):
         assert tokens == ids[len(prompt) :]
 
 
+def test_a_text_that_repeats_itself_is_guessed(lm, monkeypatch):
+    """Fewer forwards, and what greedy decoding says, of a model made to go round in circles and to leave them."""
+    prompts = list(dict.fromkeys(tuple(context) for context, _ in texts(lm)))
+    monkeypatch.setattr(scoring, "PACK", 24)  # wrong guesses are cleared away on the way
+    forward, counts = scoring._forward, []
+    monkeypatch.setattr(scoring, "_forward", lambda *given: (counts.append(len(given[1])), forward(*given))[1])
+    stop = {1: 27}  # most likely within a guess
+    _, found = read(lm, [], prompts, 48, lambda row, tokens: len(tokens) == stop.get(row, 99))
+    for row, (prompt, tokens) in enumerate(zip(prompts, found, strict=True)):
+        ids = list(prompt)
+        for _ in range(stop.get(row, 48)):
+            ids.append(lm.model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        assert tokens == ids[len(prompt) :]
+    assert len(counts) < 48
+
+
 @pytest.mark.parametrize("wrong_from", [0, 1, 4, 8])
 def test_guesses_change_nothing(lm, wrong_from):
     """Right, partly right, too long and wrong guesses: the same tokens as without."""
