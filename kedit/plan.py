@@ -100,7 +100,7 @@ MACHINES = {
 @dataclass(frozen=True)
 class Reading:
     """What a benchmark makes a model read: items; tokens of exemplars that items share (in all tasks
-    together); and for each item its own tokens and those generated (a rule of thumb: until it stops)."""
+    together); and for each item its own tokens and those generated, until it stops or is stopped."""
 
     items: int
     shared: int
@@ -110,10 +110,10 @@ class Reading:
 
 READING = {
     "mmlu": Reading(14042, 30588, 109),
-    "bbh": Reading(6511, 23428, 98, 120),
-    "gsm8k": Reading(1319, 730, 63, 110),
+    "bbh": Reading(6511, 23428, 98, 530),
+    "gsm8k": Reading(1319, 730, 63, 75),
     "csqa": Reading(1221, 337, 47),
-    "triviaqa": Reading(17944, 2, 18, 12),
+    "triviaqa": Reading(17944, 2, 18, 2),
     "truthfulqa": Reading(817, 172, 75),
     "truthfulqa_mc2": Reading(817, 172, 98),
     "toxigen": Reading(940, 18, 25),
