@@ -136,7 +136,7 @@ READING = {
 """Tokens as SmolLM2 counts them, on real items. Items as on the hub (a mirror may hold others)."""
 TASKS = {"mmlu": 57, "bbh": 27}
 """How many tasks a benchmark is, where it is several: each has exemplars of its own."""
-PACK, ROWS = 384, 48  # kedit/scoring.py: tokens read and texts generated at a time
+PACK, ROWS = 384, 16  # kedit/scoring.py: tokens read and texts generated at a time
 PROMPT, TARGET, SUCCESS = 20, 3, 240  # tokens of an edit's prompt, of its target, of all that success asks of an edit
 
 
