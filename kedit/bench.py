@@ -343,8 +343,13 @@ def evaluations(setting: Setting) -> Iterator[Case]:
             return _answers(ours, name, task, limit)
 
         for size in (1, BATCH):
+            # lm-eval adds the begin token only to what a tokenizer says that it has loaded itself
             harness = HFLM(
-                pretrained=lm.model, tokenizer=lm.tokenizer, backend="causal", batch_size=size, add_bos_token=True
+                pretrained=lm.model,
+                tokenizer=lm.tokenizer.name_or_path,
+                backend="causal",
+                batch_size=size,
+                add_bos_token=True,
             )
 
             def theirs(count: int = limit, harness: HFLM = harness, name: str = name, task: Any = task) -> list[Any]:
