@@ -72,8 +72,13 @@ class Setting:
 
     @property
     def request(self) -> EditRequest:
-        """The request of median length."""
-        return sorted(self.requests, key=lambda r: len(self.lm.encode(r.text)))[len(self.requests) // 2]
+        """The middle one of all requests ordered by their tokens from the subject's last one on, then by length."""
+
+        def order(request: EditRequest) -> tuple[int, int]:
+            text = row(self.lm, request.prompt, request.subject)
+            return len(text.ids) - text.subject, len(text.ids)
+
+        return sorted(self.requests, key=order)[len(self.requests) // 2]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from kedit.journal import EditFailed
-from kedit.keys import Row, capture, pad
+from kedit.keys import Row, capture, pad, stop_after
 from kedit.models import LM
 
 STOP = 0.05
@@ -90,24 +90,23 @@ class Tail:
     def __init__(self, lm: LM, texts: Sequence[Row], layers: Sequence[int]):
         self.lm = lm
         starts = torch.tensor([text.subject for text in texts], device=lm.device)
-        ids, mask = pad([text.ids for text in texts], lm.device)
-        cache = DynamicCache()
-        sites = {str(layer): lm.anatomy.blocks[layer] for layer in layers if layer >= 0}
-        with capture(lm, sites, inputs=False) as seen:
-            lm.anatomy.base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        prefix = int(starts.max())
+        self.past = []
+        if prefix:
+            ids, _ = pad([text.ids[: text.subject] for text in texts], lm.device)
+            cache = DynamicCache()  # no mask: no token looks at the padding after it
+            lm.anatomy.base(input_ids=ids, past_key_values=cache, use_cache=True)
+            self.past = [(kv.keys, kv.values) for kv in cache.layers]
 
         self.tail_ids, tail_mask = pad([text.ids[text.subject :] for text in texts], lm.device)
-        width, prefix = self.tail_ids.shape[1], int(starts.max())
-        self.positions = starts[:, None] + torch.arange(width, device=lm.device)
-        reach = self.positions.clamp(max=ids.shape[1] - 1)[..., None]
-        self.states = {
-            int(name): output.gather(1, reach.expand(-1, -1, output.shape[-1])) for name, output in seen.items()
-        }
-        if -1 in layers:
-            self.states[-1] = lm.anatomy.base.get_input_embeddings()(self.tail_ids)
+        self.positions = starts[:, None] + torch.arange(self.tail_ids.shape[1], device=lm.device)
         before = torch.arange(prefix, device=lm.device)[None] < starts[:, None]
         self.mask = torch.cat([before.long(), tail_mask], 1)
-        self.past = [(kv.keys[:, :, :prefix], kv.values[:, :, :prefix]) for kv in cache.layers]
+        self.states = {-1: lm.anatomy.base.get_input_embeddings()(self.tail_ids)}
+        if sites := {str(layer): lm.anatomy.blocks[layer] for layer in layers if layer >= 0}:
+            with capture(lm, sites, inputs=False) as seen, stop_after(lm.anatomy.blocks[max(layers)]):
+                self.run(-1, self.states[-1])
+            self.states |= {int(name): output for name, output in seen.items()}
 
     def run(self, layer: int, states: Tensor) -> Tensor:
         """Run on from the states after ``layer``: (B, T, d) -> final hidden states (B, T, d).
