@@ -58,7 +58,7 @@ tables: $(READY) ## measure the README's tables again (hours, if nothing is stor
 	$(PY) -m kedit tables
 
 bench: $(READY) ## time the fast paths against the plain ones, at most ten minutes  KEDIT_MIRROR=...
-	OMP_NUM_THREADS=1 $(PY) -m kedit bench
+	$(PY) -m kedit bench
 
 bench-gpu: $(READY) ## edits and reading at Llama-2-7B's shape, random weights, bfloat16, one GPU  TORCH=torch KEDIT_MIRROR=...
 	$(PY) -m kedit bench-gpu
