@@ -50,7 +50,7 @@ class Setting:
         steps: of each search; parameter files say 20 or 25, over which what is done once weighs less.
         points: of the integral of KN.
         repeats: timed runs of each side; long ones are run once.
-        edits: in the sequences whose first and last ones are compared.
+        edits: by method, in the sequences whose first and last ones are compared.
         real: items of MMLU and GSM8K; ``items`` of a mini benchmark, in their place where they cannot be had.
     """
 
@@ -58,10 +58,10 @@ class Setting:
     statistics: Statistics
     requests: Sequence[EditRequest]
     hparams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    steps: int = 10
+    steps: int = 5
     points: int = 4
     repeats: int = 3
-    edits: int = 300
+    edits: Mapping[str, int] = field(default_factory=lambda: {"rome": 100, "serac": 300})
     items: int = 16
     real: Mapping[str, int] = field(default_factory=lambda: {"mmlu": 12, "gsm8k": 6})
 
@@ -186,7 +186,8 @@ def searches(setting: Setting) -> Iterator[Case]:
 
     plain, lm, request = plain_versions(), setting.lm, setting.request
     many = {"contexts": ((5, 10), (10, 10))}
-    for name, at, contexts in (("rome", "value", many), ("memit", "block", many), ("rome", "value", {})):
+    cases = (("rome", "value", many, 4.0), ("memit", "block", many, 4.0), ("rome", "value", {}, None))
+    for name, at, contexts, bar in cases:
         editor = setting.editor(name, **contexts)
         settings = replace(editor.hparams.search, steps=setting.steps)
         texts = rows(lm, request, editor.contexts)
@@ -200,7 +201,7 @@ def searches(setting: Setting) -> Iterator[Case]:
             lambda given=given: plain.search(*given)[0],
             lambda given=given: search(*given).delta,
             relative,
-            bar=4.0,
+            bar=bar,
             count=lambda given=given: every_step(
                 lambda steps: plain.search(*given[:-1], replace(given[-1], steps=steps)), given[-1].steps
             ),
@@ -266,8 +267,8 @@ def neurons(setting: Setting) -> Iterator[Case]:
 # Evaluation -------------------------------------------------------------------------------------------
 
 REAL = {
-    "mmlu": ("mmlu_high_school_geography", 5, "MMLU (one subject), 5-shot"),
-    "gsm8k": ("gsm8k_cot", 8, "GSM8K, 8-shot"),
+    "mmlu": ("mmlu_high_school_geography", 5, "MMLU (one subject), 5-shot", 4.0),
+    "gsm8k": ("gsm8k_cot", 8, "GSM8K, 8-shot", 5.0),
 }
 BATCH = 8
 """Batch size of the hf model beside 1."""
@@ -370,8 +371,8 @@ def resident() -> float:
         return float("nan")
 
 
-FLAT: dict[str, dict[str, Any]] = {"rome": {"steps": 2, "contexts": ()}, "serac": {}}
-"""Methods whose cost is followed over many edits, in their cheapest setting: one of weights, one with a memory."""
+FLAT: dict[str, dict[str, Any]] = {"rome": {"steps": 2, "contexts": ()}, "grace": {"steps": 2}, "serac": {}}
+"""The cheapest settings of the methods whose cost is followed over many edits: one of weights, one with a memory."""
 
 
 def flat(setting: Setting, name: str, share: int = 12) -> list[dict[str, Any]]:
@@ -380,7 +381,8 @@ def flat(setting: Setting, name: str, share: int = 12) -> list[dict[str, Any]]:
     The last twelfth of the requests is timed in both places, one here, one there: a machine has slow minutes.
     """
     lm, editor = setting.lm, setting.editor(name, **FLAT[name])
-    some = (list(setting.requests) * (1 + setting.edits // len(setting.requests)))[: setting.edits]
+    edits = setting.edits[name]
+    some = (list(setting.requests) * (1 + edits // len(setting.requests)))[:edits]
     count = max(1, len(some) // share)
     times: dict[str, list[float]] = {"first": [], "last": []}
     memory = []
@@ -471,7 +473,7 @@ def table(setting: Setting, sections: Sequence[str]) -> tuple[pd.DataFrame, floa
             raise KeditError(f"bench: there is no section {name!r}; use some of {', '.join(known)}.")
     best, found = peak(), []
     if "flat" in sections:  # first: what is left in memory by others would hide what grows
-        for name in FLAT:
+        for name in setting.edits:
             found += flat(setting, name)
     for name in (name for name in SECTIONS if name in sections):
         for case in SECTIONS[name](setting):
@@ -528,7 +530,7 @@ def bench(sections: Sequence[str] = (), edits: int | None = None) -> list[Path]:
     lm = kedit.load("smollm2-135m-instruct")
     setting = Setting(lm, Statistics(lm), facts.bundled("edit"))
     if edits:
-        setting = replace(setting, edits=edits)
+        setting = replace(setting, edits=dict.fromkeys(setting.edits, edits))
     frame, best = table(setting, sections or [*SECTIONS, "flat"])
     shown = markdown(frame)
     log.info("%s", shown)

@@ -15,13 +15,12 @@ from kedit.keys import Statistics
 @pytest.fixture
 def setting(llama, statistics):
     hparams = {**HPARAMS, "alphaedit": {**HPARAMS["alphaedit"], "ridge": 1.0}}
-    return bench.Setting(
-        llama, statistics(llama), facts.bundled("edit")[:4], hparams, steps=2, points=2, repeats=2, edits=12
-    )
+    edits = {"rome": 12, "grace": 12}
+    requests = facts.bundled("edit")[:4]
+    return bench.Setting(llama, statistics(llama), requests, hparams, steps=2, points=2, repeats=2, edits=edits)
 
 
-def test_rows_compare_equal_results(setting, monkeypatch):
-    monkeypatch.setattr(bench, "FLAT", {"rome": bench.FLAT["rome"], "grace": {"steps": 2}})
+def test_rows_compare_equal_results(setting):
     old = {name: weight.clone() for name, weight in setting.lm.model.state_dict().items()}
     frame, peak = bench.table(setting, ["search", "solves", "neurons", "flat"])
     assert peak > 0
