@@ -51,19 +51,18 @@ class Setting:
         points: of the integral of KN.
         repeats: timed runs of each side; long ones are run once.
         edits: by method, in the sequences whose first and last ones are compared.
-        real: items of MMLU and GSM8K; ``items`` of a mini benchmark, in their place where they cannot be had.
+        items: of MMLU and GSM8K.
     """
 
     lm: LM
     statistics: Statistics
     requests: Sequence[EditRequest]
     hparams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    steps: int = 5
-    points: int = 4
+    steps: int = 4
+    points: int = 2
     repeats: int = 3
-    edits: Mapping[str, int] = field(default_factory=lambda: {"rome": 100, "serac": 300})
-    items: int = 16
-    real: Mapping[str, int] = field(default_factory=lambda: {"mmlu": 12, "gsm8k": 6})
+    edits: Mapping[str, int] = field(default_factory=lambda: {"rome": 60, "serac": 300})
+    items: Mapping[str, int] = field(default_factory=lambda: {"mmlu": 12, "gsm8k": 12})
 
     def editor(self, name: str, **hparams: Any) -> Editor:
         """An editor ready to edit."""
@@ -267,11 +266,12 @@ def neurons(setting: Setting) -> Iterator[Case]:
 # Evaluation -------------------------------------------------------------------------------------------
 
 REAL = {
-    "mmlu": ("mmlu_high_school_geography", 5, "MMLU (one subject), 5-shot", 4.0),
-    "gsm8k": ("gsm8k_cot", 8, "GSM8K, 8-shot", 5.0),
+    "mmlu": ("mmlu_high_school_geography", 5, "MMLU (one subject), 5-shot", 4.0, 1),
+    "gsm8k": ("gsm8k_cot", 8, "GSM8K, 8-shot", 5.0, 8),
 }
-BATCH = 8
-"""Batch size of the hf model beside 1."""
+"""Task, shots, label, bar, and the batch size that suits the hf model best."""
+MINI = {"mmlu": ("mini_mmlu", None, "mini_mmlu", None, 8), "gsm8k": ("mini_gsm8k", None, "mini_gsm8k", None, 8)}
+"""What stands in for them where KEDIT_MIRROR is not set."""
 
 
 def _task(name: str, shots: int | None) -> Any:
@@ -314,50 +314,41 @@ def differing(plain: list[Any], fast: list[Any]) -> float:
 
 
 def evaluations(setting: Setting) -> Iterator[Case]:
-    """lm-eval's hf model, item by item and in batches, against shared prefixes."""
+    """lm-eval's hf model against shared prefixes."""
     from lm_eval.models.huggingface import HFLM
 
     from kedit.evaluate import SharedPrefixLM
 
     lm = setting.lm
     ours = SharedPrefixLM(lm)
-    if os.environ.get("KEDIT_MIRROR"):
-        asked = [(*REAL[which], count) for which, count in setting.real.items()]
-    else:
+    real = bool(os.environ.get("KEDIT_MIRROR"))
+    if not real:
         log.info("KEDIT_MIRROR is not set: mini benchmarks take the place of MMLU and GSM8K")
-        asked = [(name, None, f"{name} (mini)", None, setting.items) for name in ("mini_mmlu", "mini_gsm8k")]
-    for name, shots, label, bar, limit in asked:
+    for which, limit in setting.items.items():
+        name, shots, label, bar, size = (REAL if real else MINI)[which]
         task = _task(name, shots)
+        # lm-eval adds the begin token only to what a tokenizer says that it has loaded itself
+        tokenizer = lm.tokenizer.name_or_path
+        harness = HFLM(pretrained=lm.model, tokenizer=tokenizer, backend="causal", batch_size=size, add_bos_token=True)
 
-        def fresh(name: str = name, task: Any = task, limit: int = limit) -> list[Any]:
+        def theirs(limit: int, harness: HFLM = harness, name: str = name, task: Any = task) -> list[Any]:
+            return _answers(harness, name, task, limit)
+
+        def fresh(limit: int, name: str = name, task: Any = task) -> list[Any]:
             lm.drafts.clear()  # what earlier runs said would make it cheaper still
             return _answers(ours, name, task, limit)
 
-        for size in (1, BATCH):
-            # lm-eval adds the begin token only to what a tokenizer says that it has loaded itself
-            harness = HFLM(
-                pretrained=lm.model,
-                tokenizer=lm.tokenizer.name_or_path,
-                backend="causal",
-                batch_size=size,
-                add_bos_token=True,
-            )
-
-            def theirs(count: int = limit, harness: HFLM = harness, name: str = name, task: Any = task) -> list[Any]:
-                return _answers(harness, name, task, count)
-
-            yield Case(
-                "evaluation",
-                f"{label}, {limit} items",
-                f"lm-eval hf, batch size {size}",
-                theirs,
-                fresh,
-                differing,
-                bar,
-                repeats=1 if shots else None,
-                # items cost it about the same each, so two tell
-                count=(lambda theirs=theirs, limit=limit: flops(lambda: theirs(2))[1] * limit // 2) if shots else None,
-            )
+        yield Case(
+            "evaluation",
+            f"{label}, {limit} items",
+            f"lm-eval hf, batch size {size}",
+            partial(theirs, limit),
+            partial(fresh, limit),
+            differing,
+            bar,
+            repeats=1,
+            count=lambda theirs=theirs, limit=limit: flops(partial(theirs, 1))[1] * limit,  # items cost it alike
+        )
 
 
 # Sequences ----------------------------------------------------------------------------------------------
@@ -375,10 +366,10 @@ FLAT: dict[str, dict[str, Any]] = {"rome": {"steps": 2, "contexts": ()}, "grace"
 """The cheapest settings of the methods whose cost is followed over many edits: one of weights, one with a memory."""
 
 
-def flat(setting: Setting, name: str, share: int = 12) -> list[dict[str, Any]]:
+def flat(setting: Setting, name: str, share: int = 6) -> list[dict[str, Any]]:
     """Time and memory of an edit on top of many against one on the unedited model.
 
-    The last twelfth of the requests is timed in both places, one here, one there: a machine has slow minutes.
+    The last sixth of the requests is timed in both places, one here, one there: a machine has slow minutes.
     """
     lm, editor = setting.lm, setting.editor(name, **FLAT[name])
     edits = setting.edits[name]
@@ -414,7 +405,7 @@ def flat(setting: Setting, name: str, share: int = 12) -> list[dict[str, Any]]:
 
 
 def trajectory(setting: Setting) -> Iterator[Case]:
-    """The edits and cells of the RQ1 smoke grid: one trajectory, or from scratch for each number of edits."""
+    """The RQ1 smoke grid, half its items: one trajectory, or from scratch for each number of edits."""
     from kedit.evaluate import evaluate
     from kedit.study import Params
     from kedit.success import measure
@@ -434,13 +425,13 @@ def trajectory(setting: Setting) -> Iterator[Case]:
                 while len(lm.journal.edits) < count:
                     editor.apply(requests[len(lm.journal.edits)])
                 found.append(measure(lm, requests[:count]))
-                found += [evaluate(lm, name, params.limit) for name in params.benchmarks]
+                found += [evaluate(lm, name, params.limit // 2) for name in params.benchmarks]
         lm.journal.reset()
         return found
 
     yield Case(
         "trajectory",
-        "RQ1 smoke grid, one trajectory",
+        "RQ1 smoke grid, half its items, one trajectory",
         "from scratch for each number of edits",
         lambda: grid(True),
         lambda: grid(False),
