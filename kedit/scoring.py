@@ -284,8 +284,7 @@ def _read(
             text = Text(prompt, [*guesses[context], *context])
             text.add(said[: right + 1])
             waiting.append((text, _adopt(seen, owner, len(context) + right)))
-    for start in range(0, len(waiting), ROWS):
-        _generate(lm, waiting[start : start + ROWS], trunk, limit, finished)
+    _generate(lm, waiting, trunk, limit, finished)
     for text, _ in waiting:
         context = tuple(prompts[text.prompt])
         for index in wanted[context]:
@@ -307,14 +306,16 @@ class Text:
     """A text that is being generated, and guesses at how it goes on.
 
     Models repeat: exemplars, the question, themselves. The guess is what followed the last few tokens when they
-    last stood in the text (prompt lookup decoding); it gets longer while it is right. A wrong guess costs time and
-    changes nothing.
+    last stood in the text (prompt lookup decoding); it gets longer while it is right, and rarer while it is wrong.
+    A wrong guess costs time and changes nothing.
     """
 
     def __init__(self, prompt: int, before: Sequence[int]):
         self.prompt = prompt
         self.tokens: list[int] = []
         self.reach = REACH[0]
+        self._wrong = 0  # guesses in a row
+        self._pause = 0  # steps without a guess
         self._all: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}
         self._extend(before)
@@ -334,6 +335,9 @@ class Text:
 
     def guess(self, most: int) -> list[int]:
         """At most ``most`` tokens that may follow."""
+        if self._pause:
+            self._pause -= 1
+            return []
         place = next((self._after[end] for end in self._ends() if end in self._after), None)
         if place is None:
             return []
@@ -344,6 +348,8 @@ class Text:
         """Learn how much of a guess was right."""
         if guessed:
             self.reach = min(2 * self.reach, REACH[1]) if right == guessed else max(REACH[0], right)
+            self._wrong = 0 if right else min(self._wrong + 1, 4)
+            self._pause = 2**self._wrong - 1
 
 
 def _adopt(seen: Read, owner: int, depth: int) -> Read:
@@ -388,16 +394,21 @@ def _generate(
     limit: int,
     finished: Finished,
 ) -> None:
-    """Greedy decoding of several texts side by side; each has said one token or more that is not yet read."""
+    """Greedy decoding of texts, up to ROWS side by side; each has said one token or more that is not yet read."""
     owners = {text.prompt: int(own.tokens.owner[0]) for text, own in waiting}
     depth = {text.prompt: int(own.tokens.position[-1]) + 1 for text, own in waiting}  # of the last token said
-    seen = Read.cat([*([trunk] if trunk else []), *(own for _, own in waiting)])
 
     def unfinished(some: Sequence[Text]) -> list[Text]:
         return [t for t in some if len(t.tokens) < limit and not finished(t.prompt, t.tokens)]
 
-    active = unfinished([text for text, _ in waiting])
-    while active:
+    reads = {text.prompt: own for text, own in waiting}
+    active: list[Text] = []
+    queue, seen = unfinished([text for text, _ in waiting]), trunk
+    while active or queue:
+        if queue and len(active) <= ROWS * 3 // 4:  # some at a time, since all that was read is copied
+            joining, queue = queue[: ROWS - len(active)], queue[ROWS - len(active) :]
+            seen = Read.cat([*([seen] if seen else []), *(reads[text.prompt] for text in joining)])
+            active += joining
         guesses = [text.guess(limit - len(text.tokens) - 1) for text in active]
         parts = [
             _tokens(lm, owners[text.prompt], CONTEXT, depth[text.prompt], 1 + len(guess))
