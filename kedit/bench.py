@@ -62,7 +62,7 @@ class Setting:
     points: int = 2
     repeats: int = 3
     edits: Mapping[str, int] = field(default_factory=lambda: {"rome": 120, "serac": 300})
-    items: Mapping[str, int] = field(default_factory=lambda: {"mmlu": 12, "gsm8k": 8})
+    items: Mapping[str, int] = field(default_factory=lambda: {"mmlu": 12, "gsm8k": 12})
 
     def editor(self, name: str, **hparams: Any) -> Editor:
         """An editor ready to edit."""
