@@ -336,21 +336,18 @@ def evaluations(setting: Setting) -> Iterator[Case]:
         # lm-eval adds the begin token only to what a tokenizer says that it has loaded itself
         tokenizer = lm.tokenizer.name_or_path
         harness = HFLM(pretrained=lm.model, tokenizer=tokenizer, backend="causal", batch_size=1, add_bos_token=True)
-        items = range(limit)
+        theirs = partial(_answers, harness, name, task)
 
-        def theirs(items: Sequence[int], harness: HFLM = harness, name: str = name, task: Any = task) -> list[Any]:
-            return _answers(harness, name, task, items)
-
-        def fresh(items: Sequence[int], name: str = name, task: Any = task) -> list[Any]:
+        def fresh(name: str = name, task: Any = task, limit: int = limit) -> list[Any]:
             lm.drafts.clear()  # what earlier runs said would make it cheaper still
-            return _answers(ours, name, task, items)
+            return _answers(ours, name, task, range(limit))
 
         yield Case(
             "evaluation",
             f"{label}, {limit} items",
             "lm-eval hf, batch size 1",  # its default
-            partial(theirs, items),
-            partial(fresh, items),
+            partial(theirs, range(limit)),
+            fresh,
             differing,
             bar,
             repeats=1,

@@ -387,6 +387,8 @@ def _size(size: float) -> str:
 
 def plan(params: Params) -> str:
     """The whole answer as text, a line a fact."""
+    from kedit.editors import committed
+
     where = f"params/{params.rq}/{params.name}.yaml"
     planned = _planned(params)
     edits = sum(count for kind, count in planned.items() if kind != "cell")
@@ -416,7 +418,8 @@ def plan(params: Params) -> str:
             checkpoints = [count for count in params.edits if count]
             if not made:
                 checkpoints = [0, *checkpoints]
-            fresh = not (hasattr(hparams, "contexts") and set(_layers(hparams)) <= made)
+            trained = not method.hparams and committed(method.method, model).exists()
+            fresh = not (trained or hasattr(hparams, "contexts") and set(_layers(hparams)) <= made)
             for machine in MACHINES:
                 clock = MACHINES[machine].seconds
                 one = clock(*edit_cost(shape, method.method, hparams)) * max(params.edits) * orders
@@ -447,7 +450,7 @@ def plan(params: Params) -> str:
         f"and {_size(disk)} of disk (half-precision weights, second moments, edits).",
         *(f"Assumed: {machine.name}." for machine in MACHINES.values()),
         "Hours count nothing as stored, searches to their last step, and leave out other measures; once: second "
-        f"moments, training. Memory: {params.dtype} weights, and keys and values of texts generated side by side.",
+        f"moments, training that is not committed. Memory: {params.dtype} weights, and keys and values of texts generated side by side.",
     ]
     return "\n".join(lines)
 

@@ -33,6 +33,8 @@ GRAMS = (8, 4, 2)
 """Tokens by which a guess is looked up, the most telling first."""
 REACH = (4, 32)
 """Tokens of a guess, at least and at most."""
+DOUBT = 4
+"""Wrong guesses in a row after which pauses get no longer; each doubles them."""
 
 Ids = Sequence[int]
 TRUNK, NOBODY = -1, -2  # owners of the prefix's tokens and of wrong guesses
@@ -348,7 +350,7 @@ class Text:
         """Learn how much of a guess was right."""
         if guessed:
             self.reach = min(2 * self.reach, REACH[1]) if right == guessed else max(REACH[0], right)
-            self._wrong = 0 if right else min(self._wrong + 1, 4)
+            self._wrong = 0 if right else min(self._wrong + 1, DOUBT)
             self._pause = 2**self._wrong - 1
 
 

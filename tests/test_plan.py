@@ -51,6 +51,16 @@ def test_the_count_of_a_small_grid():
     assert "12 trajectories of 5 edits: 60 edits; 80 cells" in text  # 2 x (3 x 2 x 2 x 3 + 2 + 2)
 
 
+def test_committed_training_costs_nothing_and_other_training_does():
+    grid = {"models": ["smollm2-135m-instruct"], "edits": [0, 1], "benchmarks": ["mini_csqa"]}
+    once = [
+        plan.plan(Params.make("rq1", "x", {**grid, "methods": [method]})).split("mend ")[1].split("|")[0].split()[-2:]
+        for method in ("mend", {"method": "mend", "variant": "longer", "hparams": {"steps": 900}})
+    ]
+    assert once[0] == ["0", "s"]
+    assert once[1] != ["0", "s"]
+
+
 def test_every_offered_benchmark_has_its_reading():
     from kedit.benchmarks import KNOWN
 

@@ -37,7 +37,9 @@ def test_loglikelihoods_equal_one_forward_each(lm, pack, monkeypatch):
     assert found[-1][1]
 
 
-def test_generation_equals_greedy_decoding(lm):
+@pytest.mark.parametrize("rows", [16, 2])
+def test_generation_equals_greedy_decoding(lm, rows, monkeypatch):
+    monkeypatch.setattr(scoring, "ROWS", rows)  # with 2, texts wait until others have finished
     prompts = list(dict.fromkeys(tuple(context) for context, _ in texts(lm)))
     stop = {1: 2, 2: 5}  # rows that end early must not disturb the others
     _, found = read(lm, [], prompts, 8, lambda row, tokens: len(tokens) == stop.get(row, 99))

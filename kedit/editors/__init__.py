@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
 import kedit
-from kedit import KeditError
+from kedit import KeditError, facts
 from kedit.facts import EditRequest
 from kedit.journal import Edit
 from kedit.keys import Statistics
@@ -151,6 +152,11 @@ def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
         return kind(**values)
     except TypeError as error:
         raise KeditError(f"{where}: {error}.") from error
+
+
+def committed(method: str, model: str) -> Path:
+    """Where the trained parts of a method for a model lie in the repository, if they do."""
+    return facts.BUNDLED.with_name(f"{method}-{model.rpartition('/')[-1].lower()}.safetensors")
 
 
 def kind_of(name: str) -> type[Editor]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import kedit
 from kedit import KeditError, facts
-from kedit.editors import Editor
+from kedit.editors import Editor, committed
 from kedit.facts import EditRequest, bundled, spaced
 from kedit.journal import Edit, EditFailed, LowRank, Restore
 from kedit.keys import capture, pad, stop_after
@@ -467,7 +467,7 @@ def train(lm: LM, hparams: Hparams, *, artefact: Path | None = None, fresh: bool
 
 def artefact_path(lm: LM) -> Path:
     """Where a model's committed hyper-network is, if it has one."""
-    return facts.BUNDLED.with_name(f"mend-{lm.name.rpartition('/')[-1].lower()}.safetensors")
+    return committed("mend", lm.name)
 
 
 def trained(lm: LM, hparams: Hparams) -> HyperNetwork:

@@ -31,7 +31,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 import kedit
 from kedit import facts
-from kedit.editors import Editor
+from kedit.editors import Editor, committed
 from kedit.encoder import WIDTH, Encoder
 from kedit.facts import EditRequest, bundled, bundled_zsre, spaced
 from kedit.journal import Edit, Entry
@@ -161,7 +161,7 @@ def identity(lm: LM, hparams: Hparams) -> dict[str, str]:
 
 def artefact_path(lm: LM) -> Path:
     """Where a model's committed parts are, if it has them."""
-    return facts.BUNDLED.with_name(f"serac-{lm.name.rpartition('/')[-1].lower()}.safetensors")
+    return committed("serac", lm.name)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
