@@ -419,7 +419,7 @@ def plan(params: Params) -> str:
             if not made:
                 checkpoints = [0, *checkpoints]
             trained = not method.hparams and committed(method.method, model).exists()
-            fresh = not (trained or hasattr(hparams, "contexts") and set(_layers(hparams)) <= made)
+            fresh = not (trained or (hasattr(hparams, "contexts") and set(_layers(hparams)) <= made))
             for machine in MACHINES:
                 clock = MACHINES[machine].seconds
                 one = clock(*edit_cost(shape, method.method, hparams)) * max(params.edits) * orders
@@ -450,7 +450,8 @@ def plan(params: Params) -> str:
         f"and {_size(disk)} of disk (half-precision weights, second moments, edits).",
         *(f"Assumed: {machine.name}." for machine in MACHINES.values()),
         "Hours count nothing as stored, searches to their last step, and leave out other measures; once: second "
-        f"moments, training that is not committed. Memory: {params.dtype} weights, and keys and values of texts generated side by side.",
+        f"moments, training that is not committed. Memory: {params.dtype} weights, and keys and values of texts "
+        "generated side by side.",
     ]
     return "\n".join(lines)
 
