@@ -30,12 +30,10 @@ PACK = 384
 ROWS = 16
 """Texts generated together: each token looks past those of all the others, which costs time, and all are kept."""
 
-GRAMS = (8, 4, 2)
+GRAMS = (8, 4, 2, 1)
 """Tokens by which a guess is looked up, the most telling first."""
-REACH = (4, 32)
-"""Tokens of a guess, at least and at most."""
-DOUBT = 4
-"""Wrong guesses in a row after which pauses get no longer; each doubles them."""
+GUESSES = 16
+"""Guessed tokens in one forward, which its texts share: few cost next to nothing beside the weights' reading."""
 
 Ids = Sequence[int]
 TRUNK, NOBODY = -1, -2  # owners of the prefix's tokens and of wrong guesses
@@ -120,16 +118,16 @@ class Read:
     def __getitem__(self, index: Tensor) -> "Read":
         # of a model on several devices, each layer's keys and values are where the layer is
         places = [index.to(layer.device) for layer in self.past]
-        past = [
-            Kept(layer.keys[:, :, at], layer.values[:, :, at]) for at, layer in zip(places, self.past, strict=True)
-        ]
+        past = [Kept(layer.keys[:, :, at], layer.values[:, :, at]) for at, layer in zip(places, self.past, strict=True)]
         return Read(self.tokens[index], past)
 
     @staticmethod
     def cat(parts: Sequence["Read"]) -> "Read":
         """Several readings side by side."""
         layers = zip(*(part.past for part in parts), strict=True)
-        past = [Kept(torch.cat([k.keys for k in layer], 2), torch.cat([k.values for k in layer], 2)) for layer in layers]
+        past = [
+            Kept(torch.cat([k.keys for k in layer], 2), torch.cat([k.values for k in layer], 2)) for layer in layers
+        ]
         return Read(Tokens.cat([part.tokens for part in parts]), past)
 
 
@@ -349,16 +347,14 @@ class Text:
     """A text that is being generated, and guesses at how it goes on.
 
     Models repeat: exemplars, the question, themselves. The guess is what followed the last few tokens when they
-    last stood in the text (prompt lookup decoding); it gets longer while it is right, and rarer while it is wrong.
-    A wrong guess costs time and changes nothing.
+    last stood in the text (prompt lookup decoding); it gets longer while it is right. A wrong guess costs time and
+    changes nothing.
     """
 
     def __init__(self, prompt: int, before: Sequence[int]):
         self.prompt = prompt
         self.tokens: list[int] = []
-        self.reach = REACH[0]
-        self._wrong = 0  # guesses in a row
-        self._pause = 0  # steps without a guess
+        self.reach = 1
         self._all: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}
         self._extend(before)
@@ -378,9 +374,6 @@ class Text:
 
     def guess(self, most: int) -> list[int]:
         """At most ``most`` tokens that may follow."""
-        if self._pause:
-            self._pause -= 1
-            return []
         place = next((self._after[end] for end in self._ends() if end in self._after), None)
         if place is None:
             return []
@@ -390,9 +383,7 @@ class Text:
     def judge(self, guessed: int, right: int) -> None:
         """Learn how much of a guess was right."""
         if guessed:
-            self.reach = min(2 * self.reach, REACH[1]) if right == guessed else max(REACH[0], right)
-            self._wrong = 0 if right else min(self._wrong + 1, DOUBT)
-            self._pause = 2**self._wrong - 1
+            self.reach = min(2 * self.reach, GUESSES) if right == guessed else max(1, right)
 
 
 def _adopt(seen: Read, owner: int, depth: int) -> Read:
@@ -452,7 +443,8 @@ def _generate(
             joining, queue = queue[: ROWS - len(active)], queue[ROWS - len(active) :]
             seen = Read.cat([*([seen] if seen else []), *(reads[text.prompt] for text in joining)])
             active += joining
-        guesses = [text.guess(limit - len(text.tokens) - 1) for text in active]
+        share = GUESSES // len(active)
+        guesses = [text.guess(min(share, limit - len(text.tokens) - 1)) for text in active]
         parts = [
             _tokens(lm, owners[text.prompt], CONTEXT, depth[text.prompt], 1 + len(guess))
             for text, guess in zip(active, guesses, strict=True)
