@@ -91,6 +91,27 @@ def test_guesses_change_nothing(lm, wrong_from):
         assert greedy == expected[1]
 
 
+def test_what_is_read_next_leaves_what_was_read_alone(lm, monkeypatch):
+    """Two ways on from the same tokens, each further than the room kept for it: all as when read anew."""
+    monkeypatch.setattr(scoring, "PACK", 4)
+    ids = [*lm.begin, *lm.encode("The capital of Spain is London. The capital of France is Rome, it is said.")]
+
+    def go_on(read, more):
+        start = len(read.tokens.owner) if read else 0
+        return scoring._forward(lm, more, scoring._tokens(lm, 0, scoring.CONTEXT, start, len(more)), read)[1]
+
+    with torch.inference_mode():
+        begun = go_on(None, ids[:6])
+        ways = [ids, [*ids[:6], *reversed(ids[6:])]]
+        reads = [begun, begun]
+        for place in range(6, len(ids)):
+            reads = [go_on(read, way[place : place + 1]) for read, way in zip(reads, ways, strict=True)]
+        for read, way in zip([*reads, begun], [*ways, ids[:6]], strict=True):
+            for layer, plain in zip(read.past, lm.model(torch.tensor([way])).past_key_values.layers, strict=True):
+                torch.testing.assert_close(layer.keys, plain.keys, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(layer.values, plain.values, atol=1e-5, rtol=1e-4)
+
+
 def test_common_prefix_leaves_a_token():
     assert common_prefix([[1, 2, 3], [1, 2, 4]]) == [1, 2]
     assert common_prefix([[1, 2], [1, 2, 4]]) == [1]
