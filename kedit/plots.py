@@ -56,10 +56,11 @@ RC = {
 
 
 def _edit_axis(ax: Axes, counts: list[int]) -> None:
-    ax.set_xscale("symlog", linthresh=1, linscale=0.6)
+    first = min((count for count in counts if count > 0), default=1)  # logarithmic from there on
+    ax.set_xscale("symlog", linthresh=first, linscale=0.6)
     ax.set_xticks(counts, [str(count) for count in counts])
     ax.minorticks_off()
-    ax.set_xlim(min(counts) - 0.08 if min(counts) == 0 else 0.9 * min(counts), max(counts) * 1.25)
+    ax.set_xlim(-0.08 * first if min(counts) == 0 else 0.9 * min(counts), max(counts) * 1.25)
     ax.set_ylim(-0.03, 1.03)
 
 
