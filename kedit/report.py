@@ -15,6 +15,8 @@ from kedit.single import editing_table
 from kedit.store import write_atomic
 from kedit.study import QUESTIONS, Params, Results
 
+pd.options.display.max_rows = 500  # a notebook's table says something in every row
+
 # A run's folder ----------------------------------------------------------------------------------
 
 
