@@ -12,13 +12,13 @@ from statistics import median
 from typing import Any
 
 import pandas as pd
-import torch
 import yaml
 
 import kedit
 from kedit import KeditError, facts
 from kedit.facts import EditRequest
 from kedit.store import Store, digest
+from kedit.workers import default_workers, pool
 
 log = logging.getLogger(__name__)
 
@@ -85,44 +85,42 @@ def _interval(row: Mapping[str, float]) -> str:
 
 
 def seconds_an_edit(lm, name: str, requests: Sequence[EditRequest]) -> float:
-    """Median time of edits made and undone now, on one core, preparation apart."""
+    """Median time of edits made and undone now, preparation apart."""
     from kedit.editors import editor
 
     method = editor(name, lm)
     method.prepare()
     times = []
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for request in requests:
-            start = time.perf_counter()
-            edit = method.apply(request)
-            times.append(time.perf_counter() - start)
-            edit.undo()
-    finally:
-        torch.set_num_threads(before)
+    for request in requests:
+        start = time.perf_counter()
+        edit = method.apply(request)
+        times.append(time.perf_counter() - start)
+        edit.undo()
     return median(times)
 
 
-def editing_table(count: int = 100) -> pd.DataFrame:
-    """Every method on the first records of the bundled edit split."""
-    from kedit.editors import EDITORS
+def _method_row(name: str, count: int) -> dict[str, Any]:
     from kedit.plots import label_of
     from kedit.success import METRICS
 
     lm = kedit.load(MODEL)
-    rows = []
-    for name in EDITORS:
-        requests = facts.bundled("edit")[:count]
-        numbers = summary(list(single_edits(lm, name, requests)))
-        seconds = seconds_an_edit(lm, name, requests[:TIMED])
-        metrics = (*METRICS, *(f"{metric}_generated" for metric in METRICS))
-        rows.append(
-            {"method": label_of(name), "n": len(requests)}
-            | {metric.replace("_", ", "): _interval(numbers[metric]) for metric in metrics}
-            | {"seconds an edit": f"{seconds:.1f}", "kB an edit": f"{numbers['bytes'] / 1000:.1f}"}
-        )
-    return pd.DataFrame(rows)
+    requests = facts.bundled("edit")[:count]
+    numbers = summary(list(single_edits(lm, name, requests)))
+    seconds = seconds_an_edit(lm, name, requests[:TIMED])
+    metrics = (*METRICS, *(f"{metric}_generated" for metric in METRICS))
+    return (
+        {"method": label_of(name), "n": len(requests)}
+        | {metric.replace("_", ", "): _interval(numbers[metric]) for metric in metrics}
+        | {"seconds an edit": f"{seconds:.1f}", "kB an edit": f"{numbers['bytes'] / 1000:.1f}"}
+    )
+
+
+def editing_table(count: int = 100) -> pd.DataFrame:
+    """Every method on the first records of the bundled edit split, one method a worker."""
+    from kedit.editors import EDITORS
+
+    with pool(default_workers()) as executor:
+        return pd.DataFrame(executor.map(_method_row, EDITORS, [count] * len(EDITORS)))
 
 
 def scan(name: str, settings: Sequence[str], count: int = 20, model: str = MODEL) -> pd.DataFrame:
