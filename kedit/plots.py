@@ -126,7 +126,9 @@ def _legend(figure: Figure, spare: list[Axes], methods: list[str], lines: bool =
         ]
     for ax in spare:
         ax.set_axis_off()
-    spare[0].legend(handles=handles, loc="center left", ncol=1 + (len(handles) > 8), handlelength=2.6, fontsize=8)
+    columns = 1 + (len(handles) > 8)
+    legend = spare[0].legend(handles=handles, loc="center left", ncol=columns, handlelength=2.6, fontsize=8)
+    legend.set_in_layout(len(spare) == 1)  # with a free place beside it no panel need give way
 
 
 def rq1(curves: pd.DataFrame, names: list[str]) -> Figure:

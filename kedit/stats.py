@@ -52,7 +52,8 @@ def summarise(items: Sequence[dict[str, Any]], chance: float | None = None) -> d
     row["delta_low"], row["delta_high"] = _bootstrap(changes, counts)
     if chance is not None:
         base = value - row["delta"]
-        if abs(off_chance([item["base"] for item in items], chance)) < 3:
+        unedited = [pairs[0][1] for pairs in clusters.values()]  # the same in every order, and so counted once
+        if abs(off_chance(unedited, chance)) < 3:
             row["status"] = "floor"
         elif (row["ci_high"] - chance) * np.sign(base - chance) < COLLAPSED * abs(base - chance) and base > chance:
             row["status"] = "collapsed"

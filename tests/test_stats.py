@@ -61,6 +61,12 @@ def test_status(after, base, chance, status):
     assert row["status"] == status
 
 
+def test_more_orders_do_not_lift_a_benchmark_off_the_floor():
+    """What the unedited model answers is the same in every order: one answer an item, however often it stands there."""
+    once = items([1.0] * 12 + [0.0] * 28, [1.0] * 12 + [0.0] * 28)
+    assert summarise(once, 0.5)["status"] == summarise(once * 2, 0.5)["status"] == "floor"
+
+
 def test_nothing_asked_is_not_zero():
     assert math.isnan(summarise([])["value"])
 
