@@ -58,10 +58,10 @@ tables: $(READY) ## measure the README's tables again (hours, if nothing is stor
 	$(PY) -m kedit tables
 
 bench: $(READY) ## time the fast paths against the plain ones, at most ten minutes  KEDIT_MIRROR=...
-	$(PY) -m kedit bench
+	PYTHONPATH=tests $(PY) -m bench.bench
 
 bench-gpu: $(READY) ## edits and reading at Llama-2-7B's shape, random weights, bfloat16, one GPU  TORCH=torch KEDIT_MIRROR=...
-	$(PY) -m kedit bench-gpu
+	PYTHONPATH=tests $(PY) -m bench.bench_gpu
 
 pico: $(READY) ## train the pico models anew, on all cores
 	$(PY) -m kedit pico

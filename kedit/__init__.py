@@ -9,7 +9,6 @@ The five lines most people need::
     edit.undo()
 """
 
-import os
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -18,10 +17,6 @@ from pathlib import Path
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = Path(os.environ.get("KEDIT_RUNS", ROOT / "runs"))
-"""Where runs keep what they have finished."""
-CACHE = Path(os.environ.get("KEDIT_CACHE", RUNS / "cache"))
-"""Converted models and second-moment statistics; safe to delete."""
 
 
 class KeditError(Exception):
@@ -30,12 +25,12 @@ class KeditError(Exception):
 
 # Imported on first use: drawing figures from committed cells must not wait for torch.
 _LAZY = {
-    "load": "kedit.models",
-    "LM": "kedit.models",
-    "EditRequest": "kedit.facts",
+    "load": "kedit.model.lm",
+    "LM": "kedit.model.lm",
+    "EditRequest": "kedit.data.requests",
     "editor": "kedit.editors",
 }
-__all__ = ["CACHE", "LM", "ROOT", "RUNS", "EditRequest", "KeditError", "editor", "load"]
+__all__ = ["LM", "ROOT", "EditRequest", "KeditError", "editor", "load"]
 
 
 def __getattr__(name: str):

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import kedit
 from kedit import KeditError
+from kedit.store import runs_folder
 from kedit.workers import quiet_libraries
 
 
 def _run(args: argparse.Namespace) -> None:
-    from kedit.plan import check
-    from kedit.study import Params, run
+    from kedit.study.params import Params
+    from kedit.study.plan import check
+    from kedit.study.run import run
 
     params = Params.read(args.params)
     check(params)
-    run(params, workers=args.workers, scheduler=args.dask).save(kedit.RUNS / params.rq / params.name)
+    run(params, workers=args.workers, scheduler=args.dask).save(runs_folder() / params.rq / params.name)
 
 
 def _notebook(args: argparse.Namespace) -> None:
@@ -28,13 +30,14 @@ def _notebook(args: argparse.Namespace) -> None:
     import yaml
     from traitlets.config import Config
 
-    from kedit.study import QUESTIONS, Params
+    from kedit.analysis.questions import QUESTIONS
+    from kedit.study.params import Params
 
     params = Params.read(args.params)
     notebook = kedit.ROOT / "notebooks" / f"{QUESTIONS[params.rq]}.ipynb"
     if not notebook.exists():
         raise KeditError(f"the notebook {notebook.name} is not written yet; the results are in runs/{params.rq}.")
-    executed = kedit.RUNS / params.rq / params.name / notebook.name
+    executed = runs_folder() / params.rq / params.name / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
     config = Config()
     if os.name == "posix":  # talk to the kernel through files: no port, no loopback interface needed
@@ -54,14 +57,14 @@ def _notebook(args: argparse.Namespace) -> None:
 
 def parameter_files() -> list[Path]:
     """Every committed parameter file of a run, question by question."""
-    from kedit.study import QUESTIONS
+    from kedit.analysis.questions import QUESTIONS
 
     return [path for rq in QUESTIONS for path in sorted((kedit.ROOT / "params" / rq).glob("*.yaml"))]
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from kedit.plan import plan
-    from kedit.study import Params
+    from kedit.study.params import Params
+    from kedit.study.plan import plan
 
     print(plan(Params.read(args.params)))
 
@@ -73,14 +76,14 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _tables(args: argparse.Namespace) -> None:
-    from kedit import report
+    from kedit.analysis import tables as report
 
     readme = (kedit.ROOT / "README.md").read_text()
     report.update_readme(args.names or [name for name in report.TABLES if f"<!-- table {name} -->" in readme])
 
 
 def _scan(args: argparse.Namespace) -> None:
-    from kedit import single
+    from kedit.analysis import single
 
     print(single.scan(args.method, args.settings, args.records, args.model).to_string(index=False))
 
@@ -98,20 +101,6 @@ def _train(args: argparse.Namespace) -> None:
     print("made", os.path.relpath(path, kedit.ROOT))
 
 
-def _bench(args: argparse.Namespace) -> None:
-    from kedit.bench import bench
-
-    for path in bench(args.sections, args.edits):
-        print("made", path.relative_to(kedit.ROOT))
-
-
-def _bench_gpu(args: argparse.Namespace) -> None:
-    from kedit.bench_gpu import bench_gpu
-
-    for path in bench_gpu():
-        print("made", path.relative_to(kedit.ROOT))
-
-
 def _pico(args: argparse.Namespace) -> None:
     from kedit.pico.train import make
 
@@ -120,26 +109,27 @@ def _pico(args: argparse.Namespace) -> None:
 
 
 def _figures(args: argparse.Namespace) -> None:
-    from kedit.report import redraw
+    from kedit.analysis.report import redraw
 
     for path in redraw():
         print(path.relative_to(kedit.ROOT))
 
 
 def _report(args: argparse.Namespace) -> None:
-    from kedit.report import html
+    from kedit.analysis.report import html
 
-    for path in html(kedit.RUNS / "report"):
+    for path in html(runs_folder() / "report"):
         print("made", os.path.relpath(path, kedit.ROOT))
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from kedit.report import differences
-    from kedit.study import Params, Results
+    from kedit.analysis.report import differences
+    from kedit.study.params import Params
+    from kedit.study.results import Results
 
     params = Params.read(args.params)
     fresh, committed = (
-        Results.load(params, top / params.rq / params.name) for top in (kedit.RUNS, kedit.ROOT / "figures")
+        Results.load(params, top / params.rq / params.name) for top in (runs_folder(), kedit.ROOT / "figures")
     )
     if lines := differences(fresh, committed):
         raise KeditError(f"{len(lines)} rows differ from the committed reference, first: {lines[0]}")
@@ -176,13 +166,6 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--records", type=int, default=20)
     command.add_argument("--model", default="smollm2-135m-instruct")
     command.set_defaults(function=_scan)
-    command = commands.add_parser("bench", help="time the fast paths against the plain ones")
-    command.add_argument("sections", nargs="*", help="only these, shown and not written")
-    command.add_argument("--edits", type=int, help="length of the sequences of the section flat")
-    command.set_defaults(function=_bench)
-    commands.add_parser("bench-gpu", help="edits and reading at the shape of Llama-2-7B").set_defaults(
-        function=_bench_gpu
-    )
     command = commands.add_parser("train", help="train a method that needs it, and write what it learned to kedit/data")
     command.add_argument("method", choices=["mend", "serac"])
     command.add_argument("--model", default="smollm2-135m-instruct")

@@ -12,10 +12,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from kedit import ROOT
+
 log = logging.getLogger(__name__)
 
 VERSION = 1
 """Part of every key; raise it when a change to the code changes results."""
+
+
+def runs_folder() -> Path:
+    """Where runs keep what they have finished: ``KEDIT_RUNS``, or ``runs/`` of the checkout."""
+    return Path(os.environ.get("KEDIT_RUNS") or ROOT / "runs").absolute()
+
+
+def cache_folder() -> Path:
+    """Converted models and second moments, safe to delete: ``KEDIT_CACHE``, or ``cache/`` among the runs."""
+    return Path(os.environ.get("KEDIT_CACHE") or runs_folder() / "cache").absolute()
 
 
 def digest(*parts: Any) -> str:

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import kedit
 from kedit import KeditError
+from kedit.store import cache_folder, runs_folder
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _settle(runs: Path, cache: Path) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
 
-    kedit.RUNS, kedit.CACHE = runs, cache
+    os.environ["KEDIT_RUNS"], os.environ["KEDIT_CACHE"] = str(runs), str(cache)
     torch.set_num_threads(threads())
     quiet_libraries()
 
@@ -110,7 +110,7 @@ def pool(workers: int) -> Iterator[Executor]:
     """
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    executor = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), kedit.RUNS, kedit.CACHE, stop))
+    executor = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), runs_folder(), cache_folder(), stop))
     try:
         yield executor
     except BaseException as error:
@@ -142,14 +142,14 @@ class _Cluster(Executor):
         self._inner = inner
 
     def submit(self, function: Callable[..., Any], /, *args: Any) -> Future:
-        return self._inner.submit(_call, kedit.RUNS, kedit.CACHE, function, *args)
+        return self._inner.submit(_call, runs_folder(), cache_folder(), function, *args)
 
 
 @contextmanager
 def cluster(address: str, timeout: float = 10.0) -> Iterator[tuple[Executor, int]]:
     """An executor of the workers of a Dask cluster, and how many there are by now; more may come and go.
 
-    Every worker must see ``kedit.RUNS`` under the same path. If workers offer a resource GPU, each job takes
+    Every worker must see the folder of runs under the same path. If workers offer a resource GPU, each job takes
     one; a job whose worker is lost is done again by another. Several jobs are never done at once in one process.
 
     Args:
@@ -171,7 +171,7 @@ def cluster(address: str, timeout: float = 10.0) -> Iterator[tuple[Executor, int
             f"no Dask scheduler answers at {address!r} ({type(error).__name__}); start one with dask scheduler, and "
             "give the address it prints, such as DASK=tcp://host:8786."
         ) from error
-    probe = kedit.RUNS / f".seen-by-workers-{os.getpid()}"
+    probe = runs_folder() / f".seen-by-workers-{os.getpid()}"
     try:
         log.info("waiting for the workers of the cluster")
         client.wait_for_workers(1)
@@ -179,8 +179,8 @@ def cluster(address: str, timeout: float = 10.0) -> Iterator[tuple[Executor, int
         probe.touch()
         if blind := [name for name, seen in client.run(probe.exists).items() if not seen]:
             raise KeditError(
-                f"the Dask worker {blind[0]} does not see {kedit.RUNS}; set KEDIT_RUNS to a folder that every machine "
-                "has under the same path."
+                f"the Dask worker {blind[0]} does not see {runs_folder()}; set KEDIT_RUNS to a folder that every "
+                "machine has under the same path."
             )
         workers = client.scheduler_info(n_workers=-1)["workers"]
         gpus = {"resources": {"GPU": 1}} if any("GPU" in worker["resources"] for worker in workers.values()) else {}

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 import kedit
-from kedit import EditRequest
-from kedit.facts import bundled
-from kedit.keys import Statistics
-from kedit.models import LM
+from kedit.data.facts import bundled
+from kedit.data.requests import EditRequest
+from kedit.editors.second_moments import SecondMoments
+from kedit.model.lm import LM
 
 WIDTH, INNER, LAYERS, HEADS = 32, 48, 4, 4
 ARCHITECTURES = ("llama", "mistral", "gpt2", "gpt_neox")
@@ -82,7 +82,7 @@ def moments() -> dict[int, torch.Tensor]:
 
 @pytest.fixture
 def statistics(moments):
-    return lambda lm: Statistics(lm, moments=moments)
+    return lambda lm: SecondMoments(lm, moments=moments)
 
 
 CONTEXTS = ["{}", "The answer to this is known. {}", "Because. {}"]

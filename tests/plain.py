@@ -2,15 +2,15 @@
 
 import torch
 
-from kedit.keys import pad
-from kedit.models import matrix
-from kedit.values import STOP
+from kedit.editors.value_search import STOP
+from kedit.model.anatomy import matrix
+from kedit.model.forward import pad
 
 
 def search(lm, texts, kl_text, target, init, settings):
     """Every row in full through the whole model at every step, delta put in by a hook on the MLP."""
     full = [[*text.ids, *target[:-1]] for text in texts] + [list(kl_text.ids)]
-    places = [text.subject for text in texts] + [kl_text.subject]
+    places = [text.lookup for text in texts] + [kl_text.lookup]
     ids, mask = pad(full, lm.device)
     delta = torch.zeros_like(init, requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=settings.lr)
@@ -30,7 +30,7 @@ def search(lm, texts, kl_text, target, init, settings):
             for i, text in enumerate(texts):
                 start = len(text.ids) - 1
                 nll = nll - sum(logprobs[i, start + j, t] for j, t in enumerate(target)) / len(target)
-            now = logprobs[len(texts), kl_text.subject]
+            now = logprobs[len(texts), kl_text.lookup]
             before = now.detach() if before is None else before
             divergence = torch.nn.functional.kl_div(now, before, log_target=True, reduction="sum")
             loss = nll / len(texts) + settings.kl * divergence + settings.decay * delta.norm() / init.norm() ** 2

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench import bench
 from conftest import HPARAMS, build
 from transformers import AutoModelForCausalLM
 
 import kedit
-from kedit import bench, facts
-from kedit.keys import Statistics
+from kedit.data import facts
+from kedit.editors.second_moments import SecondMoments
 
 
 @pytest.fixture
@@ -58,12 +59,12 @@ def test_an_unknown_section_is_one_sentence(setting):
 
 def test_the_gpu_bench_measures_a_small_model_here(monkeypatch):
     """The same functions as on a GPU, at a shape that fits; no numbers are asserted."""
-    from kedit import bench_gpu
+    from bench import bench_gpu
 
     lm = bench_gpu.random_model(build("llama", 700).config, "cpu", torch.bfloat16)
     assert len(lm.tokenizer) == 700
     before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
-    statistics = Statistics(lm, tokens=2048)
+    statistics = SecondMoments(lm, tokens=2048)
     rows = [
         bench_gpu.edits(lm, method, statistics, 3, **{**HPARAMS[method], "steps": 2, **contexts})
         for method in bench_gpu.METHODS
@@ -80,7 +81,9 @@ def test_the_gpu_bench_measures_a_small_model_here(monkeypatch):
 
 
 def test_the_gpu_benchs_model_has_llamas_shape():
-    from kedit import bench_gpu, plan
+    from bench import bench_gpu
+
+    from kedit.study import plan
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(bench_gpu.llama2_7b())

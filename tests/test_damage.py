@@ -10,13 +10,14 @@ import torch
 from conftest import CONTEXTS, HPARAMS, REQUEST
 
 import kedit
-from kedit import KeditError, report
-from kedit.damage import PROMPT, effective_rank, held_out, measure, singular_values
-from kedit.journal import LowRank
-from kedit.keys import sequences
-from kedit.memory import Memory, Route
-from kedit.models import matrix
-from kedit.scoring import loglikelihoods
+from kedit import KeditError
+from kedit.analysis import tables as report
+from kedit.data.corpus import sequences
+from kedit.evaluation.damage import PROMPT, effective_rank, held_out, measure, singular_values
+from kedit.model.anatomy import matrix
+from kedit.model.journal import LowRank
+from kedit.model.memory import Memory, Route
+from kedit.model.scoring import loglikelihoods
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +181,10 @@ def test_a_memory_in_scope_is_read_as_scoring_reads_it(llama, text):
 def test_a_codebook_in_scope_damages_the_states_above_it(lm, text):
     """GRACE writes into the model's states at one prompt's end; the weights stay whole, and so do other prompts."""
     from kedit.editors.grace import Codebook
-    from kedit.keys import Row, activations
+    from kedit.model.forward import LookupText, activations
 
     prompt = tuple(held_out(lm, **text)[1][:PROMPT])
-    key = activations(lm, [Row(prompt, PROMPT - 1)], [2], "key")[2][0]
+    key = activations(lm, [LookupText(prompt, PROMPT - 1)], [2], "key")[2][0]
     lm.journal.attach("grace", book := Codebook(lm, 2))
     book.add(
         {"place": 0, "key": key, "epsilon": 1e-3 * key.norm().item(), "label": [1], "value": torch.full((32,), 9.0)}

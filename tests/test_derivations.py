@@ -7,11 +7,11 @@ from conftest import CONTEXTS, HPARAMS, REQUEST
 from plain import weights
 
 import kedit
-from kedit import EditRequest
+from kedit.data.requests import EditRequest
 from kedit.editors.kn import attributions
-from kedit.keys import activations, row, rows
-from kedit.models import matrix
-from kedit.values import search
+from kedit.editors.value_search import search
+from kedit.model.anatomy import matrix
+from kedit.model.forward import activations, lookup_text, lookup_texts
 
 
 def close(found, expected, tolerance=1e-4):
@@ -21,13 +21,15 @@ def close(found, expected, tolerance=1e-4):
 def test_rome_is_the_closed_form(lm, statistics, moments):
     """W' k = v* exactly, and the update is (v* - W k) (C^-1 kbar)^T / (k . C^-1 kbar) (ROME eq. 2)."""
     editor = kedit.editor("rome", lm, hparams=HPARAMS["rome"], statistics=statistics(lm), contexts=CONTEXTS)
-    texts = rows(lm, REQUEST, CONTEXTS)
+    texts = lookup_texts(lm, REQUEST, CONTEXTS)
     down = lm.anatomy.down(2)
     old = matrix(down).double().clone()
     keys = activations(lm, texts, [2], "key")[2].double()
     output = activations(lm, texts[:1], [2], "value")[2][0]
     target = lm.encode(" Rome")
-    delta = search(lm, texts, row(lm, "{} is a", "France"), target, output, editor.hparams.search).delta.double()
+    delta = search(
+        lm, texts, lookup_text(lm, "{} is a", "France"), target, output, editor.hparams.search
+    ).delta.double()
     turned = torch.linalg.inv(moments[2].double()) @ keys.mean(0)
     expected = torch.outer(delta, turned) / (keys[0] @ turned)
 
@@ -45,10 +47,10 @@ def test_memit_is_the_normal_equations(lm, statistics, moments):
     """Layer by layer, Delta = R K^T (lambda C + K K^T)^-1 with R an equal share of what is left."""
     hparams = HPARAMS["memit"]
     editor = kedit.editor("memit", lm, hparams=hparams, statistics=statistics(lm), contexts=CONTEXTS)
-    texts = rows(lm, REQUEST, CONTEXTS)
+    texts = lookup_texts(lm, REQUEST, CONTEXTS)
     layers, last = hparams["layers"], hparams["layers"][-1]
     start = activations(lm, texts[:1], [last], "block")[last][0].double()
-    found = search(lm, texts, row(lm, "{} is a", "France"), lm.encode(" Rome"), start, editor.hparams.search)
+    found = search(lm, texts, lookup_text(lm, "{} is a", "France"), lm.encode(" Rome"), start, editor.hparams.search)
     goal = start + found.delta.double()
     olds = {layer: matrix(lm.anatomy.down(layer)).double().clone() for layer in layers}
     expected = {}
@@ -71,12 +73,12 @@ def test_memit_is_the_normal_equations(lm, statistics, moments):
 def test_r_rome_maps_the_averaged_key(lm, statistics, moments):
     """With one key throughout, Delta = (v* - W kbar) (C^-1 kbar)^T / (kbar^T C^-1 kbar)."""
     editor = kedit.editor("r-rome", lm, hparams=HPARAMS["r-rome"], statistics=statistics(lm), contexts=CONTEXTS)
-    texts = rows(lm, REQUEST, CONTEXTS)
+    texts = lookup_texts(lm, REQUEST, CONTEXTS)
     old = weights(lm, [2])[2]
     key = activations(lm, texts, [2], "key")[2].double().mean(0)
     outputs = activations(lm, texts, [2], "value")[2]
     target = lm.encode(" Rome")
-    found = search(lm, texts, row(lm, "{} is a", "France"), target, outputs[0], editor.hparams.search)
+    found = search(lm, texts, lookup_text(lm, "{} is a", "France"), target, outputs[0], editor.hparams.search)
     left = outputs[0].double() + found.delta.double() - outputs.double().mean(0)
     turned = torch.linalg.inv(moments[2].double()) @ key
     edit = editor.apply(REQUEST)
@@ -103,9 +105,9 @@ def test_alphaedit_is_the_projected_system(lm, statistics, moments):
     identity = torch.eye(len(projections[1]), dtype=torch.float64)
     for subject in ("France", "Peru", "Spain"):
         request = EditRequest("The capital city of {}", subject, "Rome", "Paris")
-        texts = rows(lm, request, CONTEXTS)
+        texts = lookup_texts(lm, request, CONTEXTS)
         start = activations(lm, texts[:1], [2], "block")[2][0].double()
-        found = search(lm, texts, row(lm, "{} is a", subject), lm.encode(" Rome"), start, editor.hparams.search)
+        found = search(lm, texts, lookup_text(lm, "{} is a", subject), lm.encode(" Rome"), start, editor.hparams.search)
         goal, olds = start + found.delta.double(), weights(lm, hparams["layers"])
         for position, layer in enumerate(hparams["layers"]):
             key, projection = mean_key(lm, texts, layer), projections[layer]
@@ -129,7 +131,7 @@ def test_pmet_is_the_normal_equations_of_the_mlp_alone(lm, statistics, moments):
     """Given z, layers take 1 / sqrt(layers to come) of what the last MLP's output lacks."""
     hparams = HPARAMS["pmet"]
     editor = kedit.editor("pmet", lm, hparams=hparams, statistics=statistics(lm), contexts=CONTEXTS)
-    texts = rows(lm, REQUEST, CONTEXTS)
+    texts = lookup_texts(lm, REQUEST, CONTEXTS)
     olds, deltas = weights(lm, hparams["layers"]), []
     unheard = editor._search
     editor._search = lambda *args: deltas.append(unheard(*args)) or deltas[-1]
@@ -149,13 +151,13 @@ def test_pmet_is_the_normal_equations_of_the_mlp_alone(lm, statistics, moments):
 def test_pmet_moves_both_sublayers(lm):
     """Shifts of attention and MLP put into the tail equal the same shifts in the whole model."""
     from kedit.editors.pmet import _adding
-    from kedit.values import Objective
+    from kedit.editors.value_search import Objective
 
-    texts = rows(lm, REQUEST, CONTEXTS)
+    texts = lookup_texts(lm, REQUEST, CONTEXTS)
     torch.manual_seed(0)
     deltas = [torch.randn(32) for _ in range(2)]
     sites = (lm.anatomy.down(2), lm.anatomy.attn_out(2))
-    objective = Objective(lm, texts, row(lm, "{} is a", "France"), lm.encode(" Rome"), 1)
+    objective = Objective(lm, texts, lookup_text(lm, "{} is a", "France"), lm.encode(" Rome"), 1)
     with _adding(dict(zip(sites, deltas, strict=True))):
         said, _, _ = objective.terms(objective.tail.run(1, objective.tail.states[1]))
 
@@ -169,7 +171,7 @@ def test_pmet_moves_both_sublayers(lm):
 
     for index, text in enumerate(texts):
         handles = [
-            site.register_forward_hook(add(text.subject, delta)) for site, delta in zip(sites, deltas, strict=True)
+            site.register_forward_hook(add(text.lookup, delta)) for site, delta in zip(sites, deltas, strict=True)
         ]
         logits = lm.model(torch.tensor([text.ids])).logits[0, -1]
         for handle in handles:

@@ -7,12 +7,13 @@ from conftest import ARCHITECTURES, CONTEXTS, HPARAMS, LAYERS, build
 from devices import Devices
 
 import kedit
-from kedit import EditRequest, damage, success
+from kedit.data.facts import bundled, bundled_zsre
+from kedit.data.requests import EditRequest
 from kedit.editors import ike, mend, serac
-from kedit.facts import bundled, bundled_zsre
-from kedit.journal import Edit
-from kedit.keys import Statistics
-from kedit.models import LM
+from kedit.editors.second_moments import SecondMoments
+from kedit.evaluation import damage, success
+from kedit.model.journal import Edit
+from kedit.model.lm import LM
 
 REQUESTS = [
     EditRequest(
@@ -63,7 +64,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def little_to_learn(tmp_path, monkeypatch):
     """Few facts to train on and to show, and no text but a page."""
-    monkeypatch.setattr(kedit, "CACHE", tmp_path)
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
     for module in (mend, serac, ike):
         monkeypatch.setattr(module, "bundled", lambda split: bundled(split)[:24])
     monkeypatch.setattr(serac, "bundled_zsre", lambda split: bundled_zsre(split)[:24])
@@ -87,13 +88,13 @@ def test_a_model_in_parts_does_as_a_whole_one(method, architecture, tokenizer, m
     text = tmp_path / "page.txt"
     text.write_text("The capital of France is Paris, and Lyon is a city on a river there. " * 100)
     whole = LM(build(architecture, len(tokenizer)), tokenizer, architecture)
-    expected = run(whole, method, lambda lm: Statistics(lm, moments=moments), str(text))
+    expected = run(whole, method, lambda lm: SecondMoments(lm, moments=moments), str(text))
     devices = Devices()
     lm = in_parts(LM(build(architecture, len(tokenizer)), tokenizer, architecture), devices)
     with devices:
         assert {str(devices.of(weight)) for weight in lm.model.parameters()} == {"cpu:0", "cpu:1"}
         placed = {layer: devices.put(moment.clone(), "cpu") for layer, moment in moments.items()}
-        found = run(lm, method, lambda lm: Statistics(lm, moments=placed), str(text))
+        found = run(lm, method, lambda lm: SecondMoments(lm, moments=placed), str(text))
     assert devices.crossings > 100
     assert found == expected
 

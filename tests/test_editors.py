@@ -5,10 +5,12 @@ import torch
 from conftest import CONTEXTS, HPARAMS, REQUEST, build
 
 import kedit
-from kedit import EditRequest, KeditError
-from kedit.journal import Dense, Edit, EditFailed
-from kedit.keys import Statistics
-from kedit.models import LM, matrix
+from kedit import KeditError
+from kedit.data.requests import EditRequest
+from kedit.editors.second_moments import SecondMoments
+from kedit.model.anatomy import matrix
+from kedit.model.journal import Dense, Edit, EditFailed
+from kedit.model.lm import LM
 
 
 def probability(lm, request):
@@ -91,7 +93,7 @@ def test_a_run_taken_up_again_makes_the_edit_that_it_would_have_made(llama, meth
     sampled = {"contexts": [[3, 2]]} if "steps" in HPARAMS[method] and "clamp" in HPARAMS[method] else {}
 
     def fresh():
-        statistics = Statistics(llama, text=str(text), tokens=2048)
+        statistics = SecondMoments(llama, text=str(text), tokens=2048)
         return kedit.editor(method, llama, hparams={**HPARAMS[method], **sampled}, statistics=statistics)
 
     editor = fresh()

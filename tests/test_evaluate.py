@@ -7,9 +7,10 @@ import yaml
 from lm_eval import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
 
-import kedit
-from kedit import benchmarks, stats
-from kedit.evaluate import evaluate
+from kedit.analysis import scores as stats
+from kedit.evaluation import benchmarks
+from kedit.evaluation.harness import evaluate
+from kedit.store import cache_folder
 
 LIMIT = 6
 
@@ -17,7 +18,7 @@ LIMIT = 6
 @pytest.fixture(scope="module")
 def harness(smollm2):
     """lm-eval's hf model as its own command line loads it from the converted folder (README, mini suite)."""
-    folder = kedit.CACHE / "models" / smollm2.name
+    folder = cache_folder() / "models" / smollm2.name
     return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4, add_bos_token=True)
 
 
@@ -78,7 +79,7 @@ def test_task_files_are_plain_yaml():
 
 
 def test_unparsed_output_is_told_from_wrong(smollm2, monkeypatch):
-    from kedit.evaluate import SharedPrefixLM
+    from kedit.evaluation.harness import SharedPrefixLM
 
     monkeypatch.setattr(
         SharedPrefixLM,

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from kedit import EditRequest, KeditError, facts
+from kedit import KeditError
+from kedit.data import facts
+from kedit.data.requests import EditRequest
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "edits"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the shared edit sets are not beside this checkout")

@@ -5,8 +5,8 @@ import torch
 from conftest import HPARAMS
 
 import kedit
-from kedit import EditRequest
-from kedit.scoring import read
+from kedit.data.requests import EditRequest
+from kedit.model.scoring import read
 
 PROMPTS = ("The capital city of {}", "It is well known that the capital of the country called {} is", "{} is in")
 

@@ -3,7 +3,10 @@ import torch
 from conftest import CONTEXTS, REQUEST
 
 from kedit import KeditError
-from kedit.keys import SEQUENCE, Statistics, activations, context_templates, row, rows, sequences
+from kedit.data.corpus import SEQUENCE, sequences
+from kedit.editors.contexts import context_templates
+from kedit.editors.second_moments import SecondMoments
+from kedit.model.forward import activations, lookup_text, lookup_texts
 
 
 @pytest.mark.parametrize(
@@ -17,22 +20,22 @@ from kedit.keys import SEQUENCE, Statistics, activations, context_templates, row
 )
 def test_subject_position_by_its_text(llama, prompt, subject, template):
     """The tokens up to the position spell the text up to the subject's end; begin token first."""
-    found = row(llama, prompt, subject, template)
-    spelled = llama.tokenizer.decode(found.ids[1 : found.subject + 1])
+    found = lookup_text(llama, prompt, subject, template)
+    spelled = llama.tokenizer.decode(found.ids[1 : found.lookup + 1])
     text = template.replace("{}", prompt)
     assert spelled == text[: text.index("{}")] + subject
     assert found.ids[0] == llama.begin[0]
-    assert found.subject >= 1
+    assert found.lookup >= 1
     assert llama.tokenizer.decode(found.ids[1:]) == text.replace("{}", subject)
 
 
 def test_a_subject_that_merges_with_what_follows_is_refused(smollm2):
     with pytest.raises(KeditError, match="merges"):
-        row(smollm2, "They saw {}s there", "cat")
+        lookup_text(smollm2, "They saw {}s there", "cat")
 
 
 def test_activations_are_those_of_the_whole_forward(lm):
-    texts = rows(lm, REQUEST, CONTEXTS)
+    texts = lookup_texts(lm, REQUEST, CONTEXTS)
     for at in ("key", "value", "block"):
         found = activations(lm, texts, [1, 2], at)
         for layer in (1, 2):
@@ -44,14 +47,14 @@ def test_activations_are_those_of_the_whole_forward(lm):
                 )
                 lm.model(torch.tensor([list(text.ids)]))
                 handle.remove()
-                assert torch.allclose(found[layer][index], seen["x"][0, text.subject], rtol=1e-4, atol=1e-4)
+                assert torch.allclose(found[layer][index], seen["x"][0, text.lookup], rtol=1e-4, atol=1e-4)
 
 
 def test_second_moment_is_the_mean_over_all_tokens(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("kedit.CACHE", tmp_path)
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is a town in the country of France. " * 200)
-    statistics = Statistics(llama, str(text), 2 * SEQUENCE)
+    statistics = SecondMoments(llama, str(text), 2 * SEQUENCE)
     keys = []
     for ids in sequences(llama, str(text), 2 * SEQUENCE):
         handle = llama.anatomy.down(1).register_forward_hook(lambda _, args, __: keys.append(args[0][0].double()))
@@ -61,25 +64,25 @@ def test_second_moment_is_the_mean_over_all_tokens(llama, tmp_path, monkeypatch)
     assert len(keys) == 2 * SEQUENCE
     expected = keys.T @ keys / len(keys)
     assert torch.allclose(statistics.moment(1), expected, rtol=1e-4, atol=1e-5)
-    again = Statistics(llama, str(text), 2 * SEQUENCE)
+    again = SecondMoments(llama, str(text), 2 * SEQUENCE)
     assert torch.equal(again.moment(1), statistics.moment(1))
 
 
 def test_solve_inverts_the_second_moment(llama, moments):
-    statistics = Statistics(llama, moments=moments)
+    statistics = SecondMoments(llama, moments=moments)
     keys = torch.randn(moments[0].shape[0], 3)
     assert torch.allclose(statistics.moment(0) @ statistics.solve(0, keys), keys.double(), atol=1e-8)
 
 
 def test_what_costs_m_cubed_is_paid_once(llama, tmp_path, monkeypatch):
     """A fresh process finds factor and eigenvectors on disk, and solves to the same bits."""
-    monkeypatch.setattr("kedit.CACHE", tmp_path)
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is a town in the country of France. " * 200)
     keys = torch.randn(48, 3)
 
     def fresh():
-        statistics = Statistics(llama, str(text), 2 * SEQUENCE)
+        statistics = SecondMoments(llama, str(text), 2 * SEQUENCE)
         moment = statistics.moment(1)
         statistics._moments[1] += 1e-3 * torch.eye(len(moment))  # few tokens, all alike, leave C singular
         return statistics.solve(1, keys), *statistics.spectrum(1)
@@ -99,7 +102,7 @@ def test_too_little_text_is_one_sentence(llama, tmp_path):
 
 
 def test_bundled_text_is_real_and_long_enough():
-    from kedit.keys import corpus
+    from kedit.data.corpus import corpus
 
     articles = corpus("wikipedia-sample")
     assert len(articles) > 100

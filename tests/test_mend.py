@@ -7,20 +7,19 @@ import pytest
 import torch
 from conftest import REQUEST
 
-import kedit
-from kedit import EditRequest
+from kedit.data.facts import bundled
+from kedit.data.requests import EditRequest
 from kedit.editors import mend
 from kedit.editors.mend import MEND, Hparams, HyperNetwork, Text, Upper
-from kedit.facts import bundled
-from kedit.journal import Edit, LowRank
-from kedit.models import matrix
+from kedit.model.anatomy import matrix
+from kedit.model.journal import Edit, LowRank
 
 HPARAMS = Hparams(layers=(2, 3), rank=8, steps=6, lr=1e-3, lr_lr=1e-4, accumulate=4, validate=2, edit_lr=1e-3)
 
 
 @pytest.fixture(autouse=True)
 def few_validations(tmp_path, monkeypatch):
-    monkeypatch.setattr(kedit, "CACHE", tmp_path)
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
     splits = {split: bundled(split)[:24] for split in ("train", "validation")}
     monkeypatch.setattr(mend, "bundled", splits.get)
 

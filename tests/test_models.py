@@ -6,7 +6,8 @@ from transformers.pytorch_utils import Conv1D
 
 import kedit
 from kedit import KeditError
-from kedit.models import LM, begin_token, matrix
+from kedit.model.anatomy import matrix
+from kedit.model.lm import LM, begin_token
 
 
 def test_anatomy_finds_every_part(lm):

@@ -5,8 +5,11 @@ from lm_eval import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
 
 import kedit
-from kedit import KeditError, benchmarks, hub
-from kedit.evaluate import evaluate
+from kedit import KeditError
+from kedit.data import hub
+from kedit.evaluation import benchmarks
+from kedit.evaluation.harness import evaluate
+from kedit.store import cache_folder
 
 MIRROR = kedit.ROOT.parent / "shared" / "data" / "hub"
 needs_data = pytest.mark.skipif(not MIRROR.is_dir(), reason="../shared/data is not here")
@@ -35,7 +38,7 @@ def test_same_answers_as_lm_evals_hf_model(smollm2, mirrored, name):
             task.config.generation_kwargs["max_gen_toks"] = TOKENS
     found = evaluate(smollm2, name, limit)
     assert len({item["id"] for item in found}) == len(found) == limit
-    folder = kedit.CACHE / "models" / smollm2.name
+    folder = cache_folder() / "models" / smollm2.name
     harness = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1, add_bos_token=True)
     about, samples = benchmarks.metadata(name), []
     for task, count in benchmarks.shares(name, limit).items():
@@ -142,7 +145,7 @@ def test_long_prompts_are_cut_at_the_left_as_lm_eval_cuts_them(llama):
     """A window of 16 tokens: the same scores and the same text as lm-eval's own model."""
     from types import SimpleNamespace
 
-    from kedit.evaluate import SharedPrefixLM
+    from kedit.evaluation.harness import SharedPrefixLM
 
     ours = SharedPrefixLM(llama)
     theirs = HFLM(pretrained=llama.model, tokenizer=llama.tokenizer, backend="causal", batch_size=1, max_length=16)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import kedit
-from kedit import facts
-from kedit.benchmarks import HERE, SUITES
-from kedit.keys import Statistics
+from kedit.data import facts
+from kedit.editors.second_moments import SecondMoments
+from kedit.evaluation.benchmarks import HERE, SUITES
 from kedit.pico import train, world
 
 if not (train.WEIGHTS / "manifest.json").exists():
@@ -115,13 +115,13 @@ def test_edits_are_sound_and_apart():
 
 def test_second_moments_are_taken_over_the_models_own_world():
     lm = kedit.load("pico-0.1m")
-    statistics = Statistics(lm)
+    statistics = SecondMoments(lm)
     assert statistics.text == "pico"
     assert lm.tokenizer.unk_token_id not in lm.encode(world.sample(500))
 
 
 def test_a_rome_edit_takes_and_undoes_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr("kedit.CACHE", tmp_path)
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
     lm = kedit.load("pico-1.5m")
     before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
     request = facts.load("pico", "validation")[0]
@@ -130,7 +130,7 @@ def test_a_rome_edit_takes_and_undoes_exactly(tmp_path, monkeypatch):
         ids = torch.tensor([[*lm.begin, *lm.encode(request.text)]])
         return lm.tokenizer.decode(lm.model(ids).logits[0, -1].argmax())
 
-    editor = kedit.editor("rome", lm, statistics=Statistics(lm, tokens=16_384))
+    editor = kedit.editor("rome", lm, statistics=SecondMoments(lm, tokens=16_384))
     edit = editor.apply(request)
     assert says() == request.target_new.lower()
     edit.undo()

@@ -8,11 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
 
 import kedit
-from kedit import KeditError, facts, plan
+from kedit import KeditError
+from kedit.data import facts
 from kedit.editors import kind_of, make_hparams
 from kedit.pico.train import RECIPES, configuration
-from kedit.store import Store
-from kedit.study import Params
+from kedit.store import Store, runs_folder
+from kedit.study import plan
+from kedit.study.params import Params
 
 FILES = sorted((kedit.ROOT / "params").glob("rq*/*.yaml"))
 
@@ -21,7 +23,7 @@ FILES = sorted((kedit.ROOT / "params").glob("rq*/*.yaml"))
 def test_every_parameter_file_has_a_plan(path, monkeypatch, tmp_path):
     """Read without data, network or model; every method has hyper-parameters and every model a shape."""
     monkeypatch.delenv("KEDIT_MIRROR", raising=False)
-    monkeypatch.setattr(kedit, "RUNS", tmp_path)
+    monkeypatch.setenv("KEDIT_RUNS", str(tmp_path))
     params = Params.read(path)
     text = plan.plan(params)
     assert "shape unknown" not in text
@@ -62,7 +64,7 @@ def test_committed_training_costs_nothing_and_other_training_does():
 
 
 def test_every_offered_benchmark_has_its_reading():
-    from kedit.benchmarks import KNOWN
+    from kedit.evaluation.benchmarks import KNOWN
 
     assert set(plan.READING) == set(KNOWN)
 
@@ -127,7 +129,7 @@ def test_what_is_stored_is_found_without_the_model(tmp_path, monkeypatch, tokeni
     """After a real run of a tiny model, every edit and every cell; before it, none."""
     from conftest import SEARCH, build
 
-    from kedit.study import run
+    from kedit.study.run import run
 
     build("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -139,12 +141,12 @@ def test_what_is_stored_is_found_without_the_model(tmp_path, monkeypatch, tokeni
                     {"method": "grace", "variant": "tiny", "hparams": {"layer": 2, "steps": 3}}],
         "statistics": {"text": str(tmp_path / "text.txt"), "tokens": 2048},
     })  # fmt: skip
-    monkeypatch.setattr(kedit, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(kedit, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("KEDIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
     assert "not known before the model is loaded once" in plan.plan(params)
-    store = Store(kedit.RUNS / "store")
+    store = Store(runs_folder() / "store")
     results = run(params, store, workers=1)
-    results.save(kedit.RUNS / "rq1" / "x")
+    results.save(runs_folder() / "rq1" / "x")
     fingerprint = plan.fingerprints()[params.models[0]]
     found = plan.stored(params, params.models[0], fingerprint, store)
     assert found == (len(results.edits), len(results.cells), True)

@@ -3,8 +3,8 @@ import math
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from kedit import plots
-from kedit.published import published
+from kedit.analysis import plots
+from kedit.analysis.published import published
 
 
 def frame():

@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 import kedit
-from kedit import report
-from kedit.study import QUESTIONS, Params, Results
+from kedit.analysis import tables as report
+from kedit.analysis.questions import QUESTIONS
+from kedit.study.params import Params
+from kedit.study.results import Results
 
 NOTEBOOKS = sorted((kedit.ROOT / "notebooks").glob("*.ipynb"))
 
@@ -70,7 +72,7 @@ def test_notebooks_are_committed_with_outputs(path):
 
 def test_committed_references_redraw_to_the_committed_table():
     """The table, to the byte, is what the committed cells say."""
-    from kedit import stats
+    from kedit.analysis import scores as stats
 
     references = sorted((kedit.ROOT / "figures").glob("*/*/cells.jsonl.gz"))
     assert references

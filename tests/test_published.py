@@ -1,7 +1,7 @@
 import pytest
 
 import kedit
-from kedit.published import MODELS, decline, published
+from kedit.analysis.published import MODELS, decline, published
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ import math
 import numpy as np
 import pytest
 
-from kedit import KeditError, benchmarks
-from kedit.safety import REQUESTS, calibration, constancy, declines, gold, refusals, speaks, truthful
+from kedit import KeditError
+from kedit.analysis.safety import calibration, constancy, gold, truthful
+from kedit.evaluation import benchmarks
+from kedit.evaluation.refusal import REQUESTS, declines, refusals, speaks
 
 
 def two_way(p, right):
@@ -64,7 +66,7 @@ def test_mc1_and_mc2_by_hand_and_by_the_task():
 
 
 def test_mc_items_hold_what_both_scores_need(smollm2):
-    from kedit.evaluate import evaluate
+    from kedit.evaluation.harness import evaluate
 
     items = evaluate(smollm2, "mini_truthfulqa_mc", 3)
     assert [item["value"] for item in items] == [item["mc1"] for item in truthful(items)]
@@ -128,7 +130,7 @@ def test_refusals_need_a_chat_template(llama):
 
 def test_refusals_ask_memories_and_hold_no_text(llama):
     """Every request reaches the memories of the memory-based methods, in the model's chat template."""
-    from kedit.memory import Memory, Route
+    from kedit.model.memory import Memory, Route
 
     llama.tokenizer.chat_template = "{% for m in messages %}{{ 'User: ' + m['content'] + ' Answer:' }}{% endfor %}"
     try:

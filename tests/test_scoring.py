@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES
 
-from kedit import scoring
-from kedit.scoring import common_prefix, loglikelihoods, read
+from kedit.model import scoring
+from kedit.model.scoring import common_prefix, loglikelihoods, read
 
 
 def alone(lm, context, continuation):

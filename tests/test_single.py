@@ -4,14 +4,13 @@ import pytest
 import torch
 from conftest import HPARAMS
 
-import kedit
 from kedit import KeditError
-from kedit.facts import bundled
-from kedit.single import scan, single_edits, summary
+from kedit.analysis.single import scan, single_edits, summary
+from kedit.data.facts import bundled
 
 
 def test_single_edits_are_undone_and_made_once(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(kedit, "RUNS", tmp_path)
+    monkeypatch.setenv("KEDIT_RUNS", str(tmp_path))
     before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
     requests = bundled("validation")[:3]
     first = list(single_edits(llama, "ft-m", requests, HPARAMS["ft-m"]))

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from scipy.stats import norm, spearmanr
 
-from kedit.stats import damage, kept, predictors, summarise
+from kedit.analysis.damage import damage, predictors
+from kedit.analysis.scores import kept, summarise
 
 
 def items(values, base, ids=None):
@@ -75,8 +76,9 @@ def test_retention_counts_the_edits_made_since():
     """Edit k at checkpoint n is n - k edits old; here every edit is forgotten after three more."""
     import dataclasses
 
-    from kedit.stats import retention
-    from kedit.study import Params, Results
+    from kedit.analysis.scores import retention
+    from kedit.study.params import Params
+    from kedit.study.results import Results
 
     params = dataclasses.replace(
         Params.make(

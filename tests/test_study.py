@@ -11,9 +11,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from kedit import KeditError, stats
+from kedit import KeditError
 from kedit.__main__ import main, parameter_files
-from kedit.study import Params, Results, run
+from kedit.analysis import scores as stats
+from kedit.study.params import Params
+from kedit.study.results import Results
+from kedit.study.run import run
 from kedit.workers import cluster
 
 TEXT = "The capital of France is Paris, and the movie was directed by the writer of the country. "
@@ -117,8 +120,8 @@ def test_a_scheduler_that_does_not_answer_is_one_sentence_within_seconds(address
 
 
 def test_the_table_has_every_row_of_the_grid(grid, tmp_path, monkeypatch):
-    monkeypatch.setattr("kedit.RUNS", tmp_path)
-    monkeypatch.setattr("kedit.CACHE", tmp_path / "cache")
+    monkeypatch.setenv("KEDIT_RUNS", str(tmp_path))
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
     params = Params.make("rq1", "tiny", grid)
     rows = stats.table(run(params))
     assert list(rows.columns) == [
@@ -186,7 +189,7 @@ def change(grid, **values):
     ],
 )
 def test_a_wrong_parameter_file_is_one_sentence(grid, tmp_path, values, sentence, capsys, monkeypatch):
-    monkeypatch.setattr("kedit.RUNS", tmp_path / "runs")
+    monkeypatch.setenv("KEDIT_RUNS", str(tmp_path / "runs"))
     path = tmp_path / "rq1" / "wrong.yaml"
     path.parent.mkdir()
     path.write_text(yaml.safe_dump(change(grid, **values)))

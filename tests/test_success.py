@@ -1,8 +1,8 @@
 from conftest import HPARAMS
 
 import kedit
-from kedit import EditRequest
-from kedit.success import measure, outcomes, says
+from kedit.data.requests import EditRequest
+from kedit.evaluation.success import measure, outcomes, says
 
 REQUEST = EditRequest(
     "The capital city of {}",

@@ -1,12 +1,13 @@
-"""Statistics and verdicts on made-up outcomes with a known effect, with none, and at the floor."""
+"""SecondMoments and verdicts on made-up outcomes with a known effect, with none, and at the floor."""
 
 import math
 
 import numpy as np
 import pytest
 
-from kedit import inference, verdicts
-from kedit.study import Method, Params, Results
+from kedit.analysis import inference, verdicts
+from kedit.study.params import Method, Params
+from kedit.study.results import Results
 
 N = 200
 SUITE = ["mini_mmlu", "mini_bbh", "mini_gsm8k", "mini_csqa", "mini_triviaqa"]

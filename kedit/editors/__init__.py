@@ -6,23 +6,19 @@ never asks which one it holds. To add a method: write a file here, add its line 
 give it hyper-parameters in ``params/methods/<name>.yaml``.
 """
 
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 import kedit
-from kedit import KeditError, facts
-from kedit.facts import EditRequest
-from kedit.journal import Edit
-from kedit.keys import Statistics
-from kedit.models import LM
+from kedit import KeditError
+from kedit.editors.protocol import Editor
+from kedit.editors.second_moments import SecondMoments
+from kedit.model.lm import LM
 
 EDITORS = {
     "control": "kedit.editors.control.Control",
@@ -39,84 +35,6 @@ EDITORS = {
     "serac": "kedit.editors.serac.SERAC",
     "ike": "kedit.editors.ike.IKE",
 }
-
-
-@dataclass(frozen=True)
-class NoHparams:
-    """For methods without hyper-parameters."""
-
-
-class Editor(ABC):
-    """One editing method on one model.
-
-    Args:
-        hparams: values for the method's ``Hparams``.
-        statistics: second moments of the keys; by default those of the bundled text.
-        contexts: context templates, the bare ``{}`` first; by default sampled from the model.
-    """
-
-    name: ClassVar[str]
-    Hparams: ClassVar[type] = NoHparams
-    trained: ClassVar[bool] = False
-    """Whether ``prepare`` trains something, where it was not trained before."""
-
-    def __init__(
-        self,
-        lm: LM,
-        hparams: Any,
-        statistics: Statistics | None = None,
-        contexts: Sequence[str] | None = None,
-    ):
-        self.lm = lm
-        self.hparams = hparams
-        self.statistics = statistics or Statistics(lm)
-        self.contexts = list(contexts) if contexts else None
-        self._contexts_given = bool(contexts)
-        self._ready = False
-
-    def prepare(self) -> None:
-        """Everything that needs the unedited model, done once, on it, whatever edits the model has by now.
-
-        ``apply`` calls it if you did not, which may be long after the first edit where a run goes on.
-        """
-        if not self._ready:
-            with self.lm.journal.unedited():
-                self._prepare()
-            self._ready = True
-
-    def _prepare(self) -> None:  # noqa: B027 - methods without preparation leave it
-        """Statistics, templates, training: what a method needs before its first edit."""
-
-    def key(self) -> dict[str, Any]:
-        """What the method's edits depend on besides model and requests, for hashing."""
-        return {
-            "method": self.name,
-            "hparams": asdict(self.hparams),
-            "statistics": self.statistics.key if self.moments_of else None,
-            "contexts": self.contexts if self._contexts_given else "sampled",
-        }
-
-    @property
-    def moments_of(self) -> Sequence[int]:
-        """Layers whose second moments enter the edits."""
-        return ()
-
-    def apply(self, request: EditRequest) -> Edit:
-        """Edit the model in place, on top of whatever edits it already has.
-
-        Raises:
-            EditFailed: no update could be found; the model is as before.
-        """
-        self.prepare()
-        start = time.perf_counter()
-        with self.lm.journal.recording(self.name, request.id) as edit:
-            self._apply(request, edit)
-            edit.info["seconds"] = time.perf_counter() - start
-        return edit
-
-    @abstractmethod
-    def _apply(self, request: EditRequest, edit: Edit) -> None:
-        """Compute the changes and make them through ``edit.write``."""
 
 
 def hparams_of(method: str, model: str) -> dict[str, Any]:
@@ -154,11 +72,6 @@ def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
         raise KeditError(f"{where}: {error}.") from error
 
 
-def committed(method: str, model: str) -> Path:
-    """Where the trained parts of a method for a model lie in the repository, if they do."""
-    return facts.BUNDLED.with_name(f"{method}-{model.rpartition('/')[-1].lower()}.safetensors")
-
-
 def kind_of(name: str) -> type[Editor]:
     """The editor class of a method.
 
@@ -193,7 +106,7 @@ def editor(
     lm: LM,
     *,
     hparams: Mapping[str, Any] | None = None,
-    statistics: Statistics | None = None,
+    statistics: SecondMoments | None = None,
     contexts: Sequence[str] | None = None,
 ) -> Editor:
     """An editor by name; whatever is not passed in comes from ``params/methods/<name>.yaml``.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kedit.data.requests import EditRequest
 from kedit.editors import memit
-from kedit.facts import EditRequest
-from kedit.journal import Edit, Entry
-from kedit.memory import Memory
+from kedit.model.journal import Edit, Entry
+from kedit.model.memory import Memory
 
 
 @dataclass(frozen=True, kw_only=True)

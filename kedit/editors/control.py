@@ -4,9 +4,9 @@ It goes through the same trajectory, journal and evaluation as every method, so 
 shows is the pipeline's doing, not an edit's.
 """
 
-from kedit.editors import Editor
-from kedit.facts import EditRequest
-from kedit.journal import Edit
+from kedit.data.requests import EditRequest
+from kedit.editors.protocol import Editor
+from kedit.model.journal import Edit
 
 
 class Control(Editor):

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kedit.editors import Editor
-from kedit.facts import EditRequest, spaced
-from kedit.journal import Dense, Edit, EditFailed
-from kedit.keys import Row
-from kedit.models import matrix
-from kedit.values import Tail
+from kedit.data.requests import EditRequest, spaced
+from kedit.editors.protocol import Editor
+from kedit.model.anatomy import matrix
+from kedit.model.forward import LookupText, Tail
+from kedit.model.journal import Dense, Edit, EditFailed
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class FTM(Editor):
         target = lm.encode(spaced(request.target_new, request.prompt))
         places = self._places(len(prompt), len(target))
         # The edited layer changes every token's state, so nothing but the blocks below it can be skipped.
-        tail = Tail(lm, [Row((*prompt, *target[:-1]), 0)], [hp.layer - 1])
+        tail = Tail(lm, [LookupText((*prompt, *target[:-1]), 0)], [hp.layer - 1])
         down = lm.anatomy.down(hp.layer)
         before = matrix(down).detach().clone()
         delta = torch.zeros_like(before, requires_grad=True)

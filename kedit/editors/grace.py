@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedit.editors import Editor
-from kedit.facts import EditRequest, spaced
-from kedit.journal import Edit, EditFailed, Entry
-from kedit.keys import Row, activations
-from kedit.memory import Memory
-from kedit.models import LM
-from kedit.values import Tail
+from kedit.data.requests import EditRequest, spaced
+from kedit.editors.protocol import Editor
+from kedit.model.forward import LookupText, Tail, activations
+from kedit.model.journal import Edit, EditFailed, Entry
+from kedit.model.lm import LM
+from kedit.model.memory import Memory
 
 GAP = 1e-5  # how far apart two radii are kept when a ball is split
 SAME = 1e-3  # keys closer than this share of their norm are one prompt's, read with other rounding
@@ -105,7 +104,7 @@ class GRACE(Editor):
             edit.info["skipped"] = True
             return
         ids = [*lm.begin, *lm.encode(request.text)]
-        prompt = Row(tuple(ids), len(ids) - 1)
+        prompt = LookupText(tuple(ids), len(ids) - 1)
         target = lm.encode(spaced(request.target_new, request.prompt))
         key = activations(lm, [prompt], [hp.layer], "key")[hp.layer][0].float()
         output = activations(lm, [prompt], [hp.layer], "value")[hp.layer][0].float()
@@ -143,10 +142,12 @@ class GRACE(Editor):
         generator = torch.Generator().manual_seed(self.hparams.seed + len(self.memory.entries))
         return torch.rand(output.shape, generator=generator).to(output.device)
 
-    def _learn(self, prompt: Row, target: Sequence[int], value: Tensor, output: Tensor) -> tuple[Tensor, list[float]]:
+    def _learn(
+        self, prompt: LookupText, target: Sequence[int], value: Tensor, output: Tensor
+    ) -> tuple[Tensor, list[float]]:
         """Adam on the value alone, through the blocks above the layer, from the prompt's last token on."""
         lm, hp = self.lm, self.hparams
-        tail = Tail(lm, [Row((*prompt.ids, *target[:-1]), prompt.subject)], [hp.layer])
+        tail = Tail(lm, [LookupText((*prompt.ids, *target[:-1]), prompt.lookup)], [hp.layer])
         states = tail.states[hp.layer]
         first = torch.zeros(states.shape[1], 1, device=lm.device)
         first[0] = 1.0

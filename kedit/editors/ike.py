@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from kedit import KeditError
-from kedit.editors import Editor
-from kedit.encoder import Encoder
-from kedit.facts import EditRequest, bundled, spaced
-from kedit.journal import Edit, Entry
-from kedit.memory import Memory, Route
+from kedit.data.facts import bundled
+from kedit.data.requests import EditRequest, spaced
+from kedit.editors.encoder import Encoder
+from kedit.editors.protocol import Editor
+from kedit.model.journal import Edit, Entry
+from kedit.model.memory import Memory, Route
 
 RATIO = {"retain": 4, "update": 3, "copy": 1}
 """Demonstrations of each kind among eight, in the order shown: what to repeat stands nearest to the edit."""

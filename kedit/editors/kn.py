@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kedit.editors import Editor
-from kedit.facts import EditRequest, spaced
-from kedit.journal import Edit, EditFailed, LowRank
-from kedit.keys import Row, activations
-from kedit.models import LM, matrix
-from kedit.values import Tail
+from kedit.data.requests import EditRequest, spaced
+from kedit.editors.protocol import Editor
+from kedit.model.anatomy import matrix
+from kedit.model.forward import LookupText, Tail, activations
+from kedit.model.journal import Edit, EditFailed, LowRank
+from kedit.model.lm import LM
 
 ROWS = 120
 """Scaled copies run together: several layers' worth, since each alone leaves the machine idle."""
@@ -60,7 +60,7 @@ def attributions(lm: LM, ids: Sequence[int], answer: int, steps: int) -> Tensor:
     w * mean over alpha of dp/dw at alpha * w, alpha from 0 to 1 in ``steps`` points (eq. 3). What comes
     before the last token and below a neuron's layer does not depend on the neuron, and is read once.
     """
-    text = Row(tuple(ids), len(ids) - 1)
+    text = LookupText(tuple(ids), len(ids) - 1)
     layers = range(lm.layers)
     hidden = activations(lm, [text], layers, "hidden")
     group = max(1, ROWS // steps)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kedit.editors import Editor
-from kedit.facts import EditRequest, spaced
-from kedit.journal import Edit, EditFailed, LowRank
-from kedit.keys import Row, activations, context_templates, row, rows
-from kedit.models import matrix
-from kedit.values import Search, search
+from kedit.data.requests import EditRequest, spaced
+from kedit.editors.contexts import context_templates
+from kedit.editors.protocol import Editor
+from kedit.editors.value_search import Search, search
+from kedit.model.anatomy import matrix
+from kedit.model.forward import LookupText, activations, lookup_text, lookup_texts
+from kedit.model.journal import Edit, EditFailed, LowRank
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,18 @@ class MEMIT(Editor):
             self.contexts = context_templates(self.lm, self.hparams.contexts, self.hparams.seed)
         self.statistics.prepare(self.moments_of)
 
-    def _texts(self, request: EditRequest) -> list[Row]:
+    def _texts(self, request: EditRequest) -> list[LookupText]:
         """The prompt in each context, the bare one first."""
-        return rows(self.lm, request, self.contexts)
+        return lookup_texts(self.lm, request, self.contexts)
 
-    def _key(self, texts: Sequence[Row], layer: int) -> torch.Tensor:
+    def _key(self, texts: Sequence[LookupText], layer: int) -> torch.Tensor:
         """Mean of group means: the bare prompt counts as much as all prefixed ones. (m,) float64."""
         keys = activations(self.lm, texts, [layer], "key")[layer].double()
         return (keys[0] + keys[1:].mean(0)) / 2 if len(keys) > 1 else keys[0]
 
-    def _search(self, texts: Sequence[Row], kl_text: Row, target: Sequence[int], start: torch.Tensor, edit: Edit):
+    def _search(
+        self, texts: Sequence[LookupText], kl_text: LookupText, target: Sequence[int], start: torch.Tensor, edit: Edit
+    ):
         """delta at the site, (d,) float64."""
         found = search(self.lm, texts, kl_text, target, start, self.hparams.search)
         edit.info |= {"steps": len(found.losses), "loss": found.losses[-1], "probability": found.probability}
@@ -90,7 +93,7 @@ class MEMIT(Editor):
 
         start = state()
         target = lm.encode(spaced(request.target_new, request.prompt))
-        delta = self._search(texts, row(lm, "{} is a", request.subject), target, start, edit)
+        delta = self._search(texts, lookup_text(lm, "{} is a", request.subject), target, start, edit)
         goal = start + delta
         edit.info["relative_change"] = []
         for position, layer in enumerate(hp.layers):

@@ -24,15 +24,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import kedit
-from kedit import KeditError, facts
-from kedit.editors import Editor, committed
-from kedit.facts import EditRequest, bundled, spaced
-from kedit.journal import Edit, EditFailed, LowRank, Restore
-from kedit.keys import capture, pad, stop_after
-from kedit.models import LM, matrix
-from kedit.store import write_atomic
-from kedit.values import skipping
+from kedit import KeditError
+from kedit.data import facts
+from kedit.data.facts import bundled
+from kedit.data.requests import EditRequest, spaced
+from kedit.editors.protocol import Editor, committed
+from kedit.model.anatomy import matrix
+from kedit.model.forward import capture, pad, skip_blocks, stop_after
+from kedit.model.journal import Edit, EditFailed, LowRank, Restore
+from kedit.model.lm import LM
+from kedit.store import cache_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Upper:
         """
         self.read(texts)
         ids, mask = pad([text.ids for text in texts], self.lm.device)
-        with self._updated(updates, len(texts)), skipping(self.lm.anatomy.blocks, self.below) as injected:
+        with self._updated(updates, len(texts)), skip_blocks(self.lm.anatomy.blocks, self.below) as injected:
             injected.states = nn.utils.rnn.pad_sequence([self._states[text.ids] for text in texts], batch_first=True)
             hidden = self.lm.anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         rows = [i for i, text in enumerate(texts) for _ in text.ids[text.start :]]
@@ -365,7 +366,7 @@ def identity(lm: LM, hparams: Hparams) -> dict[str, str]:
 
 
 def _folder(lm: LM, hparams: Hparams) -> Path:
-    return kedit.CACHE.joinpath("mend", *identity(lm, hparams).values())
+    return cache_folder().joinpath("mend", *identity(lm, hparams).values())
 
 
 def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kedit.data.requests import EditRequest
 from kedit.editors import memit
-from kedit.facts import EditRequest
-from kedit.journal import Edit, EditFailed
-from kedit.keys import Row, activations
-from kedit.values import STOP, Objective, project
+from kedit.editors.value_search import STOP, Objective, project
+from kedit.model.forward import LookupText, activations
+from kedit.model.journal import Edit, EditFailed
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,20 @@ class PMET(memit.MEMIT):
     Hparams = Hparams
     site = "value"  # the MLP's output in the last edited layer
 
-    def _texts(self, request: EditRequest) -> list[Row]:
+    def _texts(self, request: EditRequest) -> list[LookupText]:
         texts = super()._texts(request)
         if not self.hparams.left_padding:
             return texts
         # Position p of a row that starts with k pads is the row's token p - k.
         longest = max(len(text.ids) for text in texts)
-        return [Row(text.ids, max(0, text.subject - (longest - len(text.ids)))) for text in texts]
+        return [LookupText(text.ids, max(0, text.lookup - (longest - len(text.ids)))) for text in texts]
 
     def _share(self, left: Tensor, layers: int) -> Tensor:
         return left / layers**0.5
 
-    def _search(self, texts: Sequence[Row], kl_text: Row, target: Sequence[int], start: Tensor, edit: Edit) -> Tensor:
+    def _search(
+        self, texts: Sequence[LookupText], kl_text: LookupText, target: Sequence[int], start: Tensor, edit: Edit
+    ) -> Tensor:
         """Adam over both sub-layers' deltas; once the target is said everywhere, its weight drops to a tenth."""
         lm, settings = self.lm, self.hparams.search
         layer = settings.layer

@@ -1,7 +1,7 @@
 """ROME: one rank-one update of one layer's second MLP projection.
 
 Meng et al., "Locating and Editing Factual Associations in GPT", 2022. Two questions: which key (the
-averaged key of the subject, turned by the inverse second moment), and which value (kedit/values.py).
+averaged key of the subject, turned by the inverse second moment), and which value (kedit/editors/value_search.py).
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kedit.editors import Editor
-from kedit.facts import EditRequest, spaced
-from kedit.journal import Edit, EditFailed, LowRank
-from kedit.keys import activations, context_templates, row, rows
-from kedit.models import matrix
-from kedit.values import Search, search
+from kedit.data.requests import EditRequest, spaced
+from kedit.editors.contexts import context_templates
+from kedit.editors.protocol import Editor
+from kedit.editors.value_search import Search, search
+from kedit.model.anatomy import matrix
+from kedit.model.forward import activations, lookup_text, lookup_texts
+from kedit.model.journal import Edit, EditFailed, LowRank
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class ROME(Editor):
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         lm, hp = self.lm, self.hparams
-        texts = rows(lm, request, self.contexts)
+        texts = lookup_texts(lm, request, self.contexts)
         down = lm.anatomy.down(hp.layer)
         keys = activations(lm, texts, [hp.layer], "key")[hp.layer].double()
         output = activations(lm, texts[:1], [hp.layer], "value")[hp.layer][0]
@@ -79,7 +80,7 @@ class ROME(Editor):
         direction = self._direction(keys.mean(0))
         key = self._mapped(keys)
         target = lm.encode(spaced(request.target_new, request.prompt))
-        found = search(lm, texts, row(lm, "{} is a", request.subject), target, output, hp.search)
+        found = search(lm, texts, lookup_text(lm, "{} is a", request.subject), target, output, hp.search)
         aligned = key @ direction
         weight = matrix(down)
         moved = (weight @ (key - keys[0]).to(weight)).to(keys)  # what W k is beyond the bare prompt's output

@@ -29,16 +29,16 @@ from tqdm import tqdm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
-import kedit
-from kedit import facts
-from kedit.editors import Editor, committed
-from kedit.encoder import WIDTH, Encoder
-from kedit.facts import EditRequest, bundled, bundled_zsre, spaced
-from kedit.journal import Edit, Entry
-from kedit.keys import pad
-from kedit.memory import Memory, Route
-from kedit.models import LM
-from kedit.store import digest, write_atomic
+from kedit.data import facts
+from kedit.data.facts import bundled, bundled_zsre
+from kedit.data.requests import EditRequest, spaced
+from kedit.editors.encoder import WIDTH, Encoder
+from kedit.editors.protocol import Editor, committed
+from kedit.model.forward import pad
+from kedit.model.journal import Edit, Entry
+from kedit.model.lm import LM
+from kedit.model.memory import Memory, Route
+from kedit.store import cache_folder, digest, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def train(lm: LM, hparams: Hparams, *, artefact: Path | None = None) -> dict[str
     weights = {"projection": projection, **{name: weight.requires_grad_() for name, weight in norms(twin).items()}}
     first = [hparams.scope_lr, *[hparams.lr] * (len(weights) - 1)]
     optimiser = torch.optim.Adam([{"params": [weight]} for weight in weights.values()])
-    path = kedit.CACHE.joinpath("serac", *identity(lm, hparams).values()).with_suffix(".safetensors")
+    path = cache_folder().joinpath("serac", *identity(lm, hparams).values()).with_suffix(".safetensors")
     step = 0
     if path.exists():
         tensors, about = _load(path)

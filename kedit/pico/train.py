@@ -24,10 +24,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-import kedit
 from kedit import KeditError, workers
 from kedit.pico import world
-from kedit.store import write_atomic
+from kedit.store import runs_folder, write_atomic
 
 WEIGHTS = Path(__file__).parent / "weights"
 LENGTH = 128
@@ -191,7 +190,7 @@ def make(names: list[str] | None = None, jobs: int | None = None) -> list[Path]:
     for name in names:
         if name not in RECIPES:
             raise KeditError(f"there is no pico model {name!r}; there are {', '.join(RECIPES)}.")
-    folder = kedit.RUNS / "pico"
+    folder = runs_folder() / "pico"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     started = [name for name in names if RECIPES[name].start]

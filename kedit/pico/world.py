@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 
-from kedit.facts import EditRequest
+from kedit.data.requests import EditRequest
 
 SEED = 0
 SEPARATOR = "<|endoftext|>"

@@ -1,0 +1,344 @@
+"""What the scores say: changes, collapse points, equivalence, contrasts and trends, with their intervals.
+
+Everything rests on one bootstrap. Items and orders of the edits are drawn anew with replacement, the
+same draw for every method, checkpoint and model that answered the same items, so any difference of two
+numbers has a paired interval. What is compared is mostly the share *kept*: the score above chance over
+what the unedited model had above chance.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_paired
+
+from kedit.analysis.scores import COLLAPSED, off_chance
+from kedit.evaluation import benchmarks
+from kedit.study.results import Results
+
+RESAMPLES = 2000
+LEVEL = 0.05
+EDITED = slice(1, None)
+"""All checkpoints but the unedited one."""
+MARGIN = 0.10
+"""Scores within this of the unedited model's, or shares kept within this of one another, count as equal.
+
+Ten points: about what separates neighbouring model sizes on the study's benchmarks, and the smallest
+margin that forty to a hundred items can confirm.
+"""
+
+
+ASPECTS = {
+    "knowledge": ("mmlu",),
+    "reasoning": ("bbh",),
+    "arithmetic": ("gsm8k",),
+    "commonsense": ("csqa",),
+    "recall": ("triviaqa",),
+}
+"""Aspects of ability (the study's Figure 5) and the benchmarks that show them, whatever the suite."""
+
+
+def aspect_of(benchmark: str) -> str | None:
+    """The aspect that a benchmark shows, by the last part of its name; None for the safety ones."""
+    last = benchmark.rpartition("_")[2]
+    return next((aspect for aspect, names in ASPECTS.items() if last in names), None)
+
+
+@dataclass
+class Ability:
+    """One benchmark along one method's trajectories on one model.
+
+    Attributes:
+        edits: checkpoints, the first being 0.
+        base: (items,) values of the unedited model.
+        values: (checkpoints, orders, items); the unedited model's under 0.
+    """
+
+    model: str
+    method: str
+    variant: str
+    benchmark: str
+    chance: float
+    edits: list[int]
+    base: np.ndarray
+    values: np.ndarray = field(repr=False)
+
+    @property
+    def floor(self) -> bool:
+        """Whether the unedited model is less than three standard errors above chance: nothing can be lost."""
+        return off_chance(self.base, self.chance) < 3
+
+    @cached_property
+    def _draws(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (draws, checkpoints), and those of the unedited model (draws,) on the same items."""
+        _, orders, items = self.values.shape
+        of_items = _weights(items, self.benchmark)
+        of_orders = _weights(orders, "orders")
+        means = np.einsum("ri,eoi->reo", of_items, self.values, optimize=True)
+        return np.einsum("reo,ro->re", means, of_orders), of_items @ self.base
+
+    def _share(self, score: np.ndarray, base: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (score - self.chance) / (base - self.chance)
+
+    @property
+    def kept(self) -> np.ndarray:
+        """(checkpoints,) share of the score above chance that is kept."""
+        return self._share(self.values.mean((1, 2)), self.base.mean())
+
+    @property
+    def kept_draws(self) -> np.ndarray:
+        """(draws, checkpoints) the same for each draw."""
+        scores, base = self._draws
+        return self._share(scores, base[:, None])
+
+    @property
+    def change(self) -> np.ndarray:
+        """(items,) change of each item at the last checkpoint, mean over orders."""
+        return self.values[-1].mean(0) - self.base
+
+
+def _weights(count: int, what: str) -> np.ndarray:
+    """(draws, count) weights of a bootstrap of some things, always the same for the same things."""
+    generator = np.random.default_rng([crc32(what.encode()), count])
+    return generator.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+
+
+def abilities(results: Results) -> list[Ability]:
+    """Every benchmark of every method but the control.
+
+    Where refusals were measured they are an ability too: the share of harmful requests refused.
+    """
+    params = results.params
+    axes = ("model", "method", "variant", "order", "edits", "benchmark")
+    cells = {tuple(cell[axis] for axis in axes): _values(cell) for cell in results.cells}
+    names = [*params.benchmarks, *(name for name in params.measures if name == "refusal")]
+    found = []
+    for model in params.models:
+        for method in params.methods:
+            for benchmark in names if method.method != "control" else ():
+                base = np.array(cells[model, None, None, None, 0, benchmark])
+                values = [[base] * len(params.orders)] + [
+                    [cells[model, method.method, method.variant, order, n, benchmark] for order in params.orders]
+                    for n in params.edits[1:]
+                ]
+                chance = 0.0 if benchmark == "refusal" else benchmarks.metadata(benchmark)["chance"]
+                place = (model, method.method, method.variant, benchmark, chance)
+                found.append(Ability(*place, params.edits, base, np.array(values, float)))
+    return found
+
+
+def _values(cell: dict) -> list[float]:
+    if cell["benchmark"] == "refusal":
+        return [float(item["refused"]) for item in cell["items"] if item["harmful"]]
+    return [item.get("value", math.nan) for item in cell["items"]]
+
+
+# One ability ---------------------------------------------------------------------------------------
+
+
+def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Percentile interval of draws, (1 - level) wide."""
+    draws = draws[np.isfinite(draws)]
+    if not len(draws):
+        return math.nan, math.nan
+    low, high = np.quantile(draws, [level / 2, 1 - level / 2])
+    return float(low), float(high)
+
+
+def no_change(change: np.ndarray) -> float:
+    """p of no mean change, by flipping the signs of the items' changes at random (paired, two-sided)."""
+    if not change.any():
+        return 1.0
+    return float(
+        scipy_stats.permutation_test(
+            (change, np.zeros_like(change)),
+            lambda after, before, axis: (after - before).mean(axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=9999,
+            rng=np.random.default_rng(0),
+        ).pvalue
+    )
+
+
+def unequal(change: np.ndarray, margin: float = MARGIN) -> float:
+    """p of a mean change of ``margin`` or more either way: two one-sided paired t-tests (TOST)."""
+    if np.ptp(change) == 0:  # the same change for every item
+        return float(abs(change[0]) >= margin)
+    return float(ttost_paired(change, np.zeros_like(change), -margin, margin)[0])
+
+
+def collapse_point(ability: Ability, share: float = COLLAPSED) -> tuple[float, float, float]:
+    """(edits, low, high): the first checkpoint that keeps surely less than ``share`` of the ability.
+
+    The point is where the upper end of the 95% interval of the share kept is below; the interval is
+    that of the first checkpoint below over draws. Infinite where it did not happen.
+    """
+    draws = ability.kept_draws
+    counts = [*ability.edits, math.inf]
+
+    def first(below: np.ndarray) -> np.ndarray:
+        return np.where(below.any(-1), below.argmax(-1), len(counts) - 1)
+
+    surely = np.array([interval(draws[:, at])[1] < share for at in range(draws.shape[1])])
+    spread = np.sort(first(draws < share))
+    low, high = spread[int(0.025 * len(spread))], spread[min(len(spread) - 1, int(0.975 * len(spread)))]
+    return counts[int(first(surely))], counts[low], counts[high]
+
+
+def effects(found: Sequence[Ability]) -> pd.DataFrame:
+    """What became of each ability at the last checkpoint.
+
+    p values are corrected by Holm's method over the benchmarks of one method on one model that are off
+    the floor. Column ``effect``: ``fell`` or ``rose`` (significant), ``equal`` (within ``MARGIN``, by
+    TOST, and not significant), ``unclear``, or ``floor``.
+    """
+    rows = []
+    for ability in found:
+        collapse, low, high = collapse_point(ability) if not ability.floor else (math.nan,) * 3
+        kept_low, kept_high = interval(ability.kept_draws[:, -1])
+        row = {name: getattr(ability, name) for name in ("model", "method", "variant", "benchmark")}
+        row |= {"edits": ability.edits[-1], "base": ability.base.mean(), "score": ability.values[-1].mean()}
+        row |= {"delta": ability.change.mean(), "p": no_change(ability.change), "p_unequal": unequal(ability.change)}
+        row |= {"kept": ability.kept[-1], "kept_low": kept_low, "kept_high": kept_high}
+        row |= {"collapse": collapse, "collapse_low": low, "collapse_high": high}
+        rows.append(row | {"effect": "floor" if ability.floor else ""})
+    frame = pd.DataFrame(rows)
+    frame["p_holm"] = np.nan
+    for _, group in frame[frame.effect != "floor"].groupby(["model", "method", "variant"], sort=False):
+        frame.loc[group.index, "p_holm"] = multipletests(group.p, LEVEL, method="holm")[1]
+    off = frame.effect != "floor"
+    moved = off & (frame.p_holm < LEVEL)
+    frame.loc[off, "effect"] = "unclear"
+    frame.loc[off & (frame.p_unequal < LEVEL), "effect"] = "equal"
+    frame.loc[moved & (frame.delta < 0), "effect"] = "fell"
+    frame.loc[moved & (frame.delta > 0), "effect"] = "rose"
+    return frame
+
+
+# Several abilities together ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its bootstrap draws."""
+
+    value: float
+    draws: np.ndarray = field(repr=False)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% percentile interval."""
+        return interval(self.draws)
+
+    @property
+    def p(self) -> float:
+        """Two-sided bootstrap p of being 0."""
+        draws = self.draws[np.isfinite(self.draws)]
+        if not len(draws):
+            return math.nan
+        tail = min((draws <= 0).mean(), (draws >= 0).mean())
+        return float(min(1.0, 2 * max(tail, 1 / len(draws))))
+
+    def within(self, margin: float = MARGIN) -> bool:
+        """Whether it is equal to 0 within the margin: the 90% interval lies inside (TOST at 5%)."""
+        low, high = interval(self.draws, 2 * LEVEL)
+        return -margin < low and high < margin
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """The difference, paired draw by draw."""
+        return Estimate(self.value - other.value, self.draws - other.draws)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def kept(found: Sequence[Ability], at: int | slice = -1) -> Estimate:
+    """Mean share kept over abilities, at one checkpoint (the last) or over several."""
+    at = at if isinstance(at, slice) else [at]
+    return Estimate(
+        float(np.mean([ability.kept[at].mean() for ability in found])),
+        np.mean([ability.kept_draws[:, at].mean(1) for ability in found], axis=0),
+    )
+
+
+def contrast(found: Sequence[Ability], one: str, other: str) -> pd.DataFrame:
+    """How much more of each ability does model ``other`` keep than model ``one``, under the same edits?
+
+    Means over all checkpoints, so it is the rate of decline that counts, not only its end. One row a
+    method and benchmark that is off the floor for both, and one a method with all of these pooled
+    (benchmark "all"). Columns: method, variant, benchmark, one, other, difference (``Estimate``), p,
+    p_holm (over the benchmarks of a method).
+    """
+    place = {(a.model, a.method, a.variant, a.benchmark): a for a in found if not a.floor}
+    rows = []
+    for method, variant in dict.fromkeys((a.method, a.variant) for a in found):
+        pairs = [
+            (place[one, method, variant, name], place[other, method, variant, name])
+            for name in dict.fromkeys(a.benchmark for a in found)
+            if (one, method, variant, name) in place and (other, method, variant, name) in place
+        ]
+        groups = [(first.benchmark, [first], [second]) for first, second in pairs]
+        if pairs:
+            groups.append(("all", [a for a, _ in pairs], [b for _, b in pairs]))
+        own = []
+        for name, first, second in groups:
+            a, b = kept(first, EDITED), kept(second, EDITED)
+            row = {"method": method, "variant": variant, "benchmark": name, "one": a, "other": b, "difference": b - a}
+            own.append(row | {"p": (b - a).p})
+        if own:
+            corrected = multipletests([row["p"] for row in own[:-1]], LEVEL, method="holm")[1]
+            for row, p in zip(own, [*corrected, own[-1]["p"]], strict=True):
+                rows.append(row | {"p_holm": p})
+    return pd.DataFrame(rows)
+
+
+def trend(found: Sequence[Ability], size: Callable[[str], float]) -> pd.DataFrame:
+    """Does the share kept rise with the size of the model? One row a method.
+
+    The slope is that of the mean share kept, over all checkpoints and over the benchmarks that are off
+    the floor for every model, against log10 of the parameters (least squares over models). Columns:
+    method, variant, benchmarks, kept (model -> ``Estimate``), slope (``Estimate``, per tenfold size; None
+    without common benchmarks), p.
+    """
+    rows = []
+    models = sorted({a.model for a in found}, key=size)
+    x = np.log10([size(model) for model in models])
+    x = x - x.mean()
+    for method, variant in dict.fromkeys((a.method, a.variant) for a in found):
+        own = [a for a in found if (a.method, a.variant) == (method, variant)]
+        common = [
+            name
+            for name in dict.fromkeys(a.benchmark for a in own)
+            if not any(a.floor for a in own if a.benchmark == name)
+        ]
+        by_model = {
+            model: kept([a for a in own if a.model == model and a.benchmark in common], EDITED)
+            for model in models
+            if common
+        }
+        slope = None
+        if len(by_model) > 1:
+            values = np.array([estimate.value for estimate in by_model.values()])
+            draws = np.array([estimate.draws for estimate in by_model.values()])
+            slope = Estimate(float(x @ values / (x @ x)), x @ draws / (x @ x))
+        row = {"method": method, "variant": variant, "benchmarks": common, "kept": by_model, "slope": slope}
+        rows.append(row | {"p": slope.p if slope else math.nan})
+    return pd.DataFrame(rows)
+
+
+def by_aspect(found: Sequence[Ability]) -> dict[str, Estimate]:
+    """Share of each aspect kept at the last checkpoint, mean over methods and benchmarks off the floor."""
+    groups: dict[str, list[Ability]] = {}
+    for ability in found:
+        if (aspect := aspect_of(ability.benchmark)) and not ability.floor:
+            groups.setdefault(aspect, []).append(ability)
+    return {aspect: kept(own) for aspect, own in groups.items()}

@@ -1,0 +1,1 @@
+"""What is read: facts to edit, texts, data sets."""

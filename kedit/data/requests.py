@@ -1,0 +1,60 @@
+"""What one edit is asked to do."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class Unchanged(ValueError):
+    """The new object is the old one: there is nothing to edit."""
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to rewrite.
+
+    Attributes:
+        prompt: text with one ``{}`` where the subject goes; the target follows it.
+        subject: what the fact is about.
+        target_new: what the model should say; one space is put before it where the prompt ends in none.
+        target_true: what it says now; needed by the success metrics.
+        paraphrases: other full prompts for the same fact (generalisation).
+        neighbours: (full prompt, right answer) pairs that the edit must leave alone (locality).
+        generation: full prompts for free generation about the subject.
+        id, relation: labels that travel into the results.
+
+    Raises:
+        ValueError: not exactly one ``{}``, empty subject or target, or target_new equal to target_true.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str = ""
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[tuple[str, str], ...] = ()
+    generation: tuple[str, ...] = ()
+    id: str = ""
+    relation: str = field(default="", compare=False)
+
+    def __post_init__(self):
+        if self.prompt.count("{}") != 1:
+            raise ValueError(f"prompt {self.prompt!r} must hold the subject's place {{}} exactly once")
+        for name in ("subject", "target_new"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name} is empty")
+        if self.target_new.strip() == self.target_true.strip():
+            raise Unchanged(f"target_new equals target_true ({self.target_true!r})")
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in place."""
+        return self.prompt.replace("{}", self.subject)
+
+    def key(self) -> dict[str, Any]:
+        """Everything that defines the request, for hashing."""
+        return asdict(self)
+
+
+def spaced(target: str, prompt: str) -> str:
+    """The target as it continues a prompt: one space before it unless the prompt ends in white space."""
+    return target.strip() if prompt[-1:].isspace() else " " + target.strip()

@@ -1,0 +1,145 @@
+"""Second moments of the keys, and what is derived from them."""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kedit import KeditError
+from kedit.data.corpus import WIKIPEDIA, corpus, sequences
+from kedit.model.forward import capture, stop_after
+from kedit.model.lm import LM
+from kedit.store import cache_folder, write_atomic
+
+
+class SecondMoments:
+    """Second moments of a model's keys, C = mean of k k^T over a text, one (m, m) matrix a layer.
+
+    Computed on the unedited model in one pass for all layers asked for, and kept on disk by the
+    fingerprint of model and text. So are its Cholesky factor and its eigenvectors, in float64: what costs
+    m^3 is paid once for a model and a layer, not once an edit or a process. A ready-made set of matrices
+    can be given instead (``moments``), to compare with another implementation on identical inputs.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        text: str | None = None,
+        tokens: int = 98_304,
+        moments: dict[int, Tensor] | None = None,
+    ):
+        # the pico models know the words of their own world only
+        self.text = text or ("pico" if lm.name.startswith("pico-") else "wikipedia-sample")
+        self.lm, self.tokens = lm, tokens
+        self._given = moments is not None
+        self._moments: dict[int, Tensor] = dict(moments or {})
+        self._factors: dict[int, Tensor] = {}
+
+    @cached_property
+    def key(self) -> dict[str, object]:
+        """What the matrices depend on, for hashing."""
+        if self._given:
+            digest = hashlib.sha256()
+            for layer, moment in sorted(self._moments.items()):
+                digest.update(f"{layer}".encode() + moment.double().numpy().tobytes())
+            return {"given": digest.hexdigest()[:16]}
+        return {"model": self.lm.fingerprint, "text": self.text, "tokens": self.tokens, "hash": self._text_hash}
+
+    @cached_property
+    def _text_hash(self) -> str:
+        if self.text == "wikipedia":
+            return "-".join(WIKIPEDIA).replace("/", "-")
+        if self.text == "wikipedia-sample":
+            import importlib.metadata
+
+            return f"gensim-{importlib.metadata.version('gensim')}"
+        return hashlib.sha256("\x1e".join(corpus(self.text)).encode()).hexdigest()[:16]
+
+    def _path(self, layer: int, kind: str = "") -> Path:
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(self.text).name)
+        folder = cache_folder() / "moments" / self.lm.fingerprint / f"{name}-{self._text_hash}-{self.tokens}"
+        return folder / f"{layer}{kind and '-' + kind}.safetensors"
+
+    def prepare(self, layers: Sequence[int]) -> None:
+        """Have the second moments of these layers ready, from disk or by one pass over the text."""
+        for layer in layers:
+            if layer not in self._moments and not self._given and self._path(layer).exists():
+                self._moments[layer] = safetensors.torch.load_file(self._path(layer))["moment"]
+        if missing := [layer for layer in layers if layer not in self._moments]:
+            if self._given:
+                raise KeditError(f"the statistics given hold no second moment for layer {missing[0]}.")
+            self._collect(missing)
+
+    @torch.no_grad()
+    def _collect(self, layers: Sequence[int]) -> None:
+        lm = self.lm
+        texts, read = sequences(lm, self.text, self.tokens), 0
+        sums = dict.fromkeys(layers, 0.0)
+        sites = {str(layer): lm.anatomy.down(layer) for layer in layers}
+        last = lm.anatomy.blocks[max(layers)]
+        with lm.journal.unedited():
+            for text in tqdm(texts, desc=f"second moments, layers {list(layers)}", unit="seq", mininterval=1):
+                with capture(lm, sites, inputs=True) as seen, stop_after(last):
+                    lm.anatomy.base(input_ids=torch.tensor([text], device=lm.device), use_cache=False)
+                read += len(text)
+                for layer in layers:
+                    keys = seen[str(layer)][0].float()
+                    sums[layer] += (keys.T @ keys).double()
+        for layer in layers:
+            moment = (sums[layer] / read).float().cpu()
+            self._moments[layer] = moment
+            write_atomic(self._path(layer), safetensors.torch.save({"moment": moment}))
+
+    def moment(self, layer: int) -> Tensor:
+        """C of a layer, (m, m) float64."""
+        self.prepare([layer])
+        return self._moments[layer].double()
+
+    def _derived(self, layer: int, kind: str, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What costs m^3 and depends on C alone: from disk, or computed now and put there."""
+        path = None if self._given else self._path(layer, kind)
+        if path and path.exists():
+            return safetensors.torch.load_file(path, device=str(self.lm.device))
+        found = compute(self.moment(layer).to(self.lm.device))
+        if path:
+            write_atomic(path, safetensors.torch.save(found))
+        return found
+
+    def solve(self, layer: int, keys: Tensor) -> Tensor:
+        """C^-1 K in float64 by the layer's Cholesky factor; keys (m, n) -> (m, n).
+
+        Raises:
+            KeditError: C is singular, because the text has too few tokens for m.
+        """
+
+        def factorise(moment: Tensor) -> dict[str, Tensor]:
+            factor, info = torch.linalg.cholesky_ex(moment)
+            if info:
+                raise KeditError(
+                    f"the second moment of layer {layer} is singular: {self.tokens} tokens of {self.text} are too few; "
+                    "raise statistics.tokens."
+                )
+            return {"factor": factor.contiguous()}
+
+        if layer not in self._factors:
+            self._factors[layer] = self._derived(layer, "cholesky", factorise)["factor"]
+        # cholesky_solve would copy the factor each time
+        lower = self._factors[layer]
+        half = torch.linalg.solve_triangular(lower, keys.double(), upper=False)
+        return torch.linalg.solve_triangular(lower.T, half, upper=True)
+
+    def spectrum(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (m,) of C, the smallest first, and its eigenvectors as columns (m, m), float64."""
+
+        def decompose(moment: Tensor) -> dict[str, Tensor]:
+            values, vectors = torch.linalg.eigh(moment)
+            return {"values": values, "vectors": vectors.contiguous()}
+
+        found = self._derived(layer, "spectrum", decompose)
+        return found["values"], found["vectors"]

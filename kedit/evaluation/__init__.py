@@ -1,0 +1,1 @@
+"""What is asked of an edited model."""

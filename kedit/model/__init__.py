@@ -1,0 +1,1 @@
+"""A live model: its parts, the journal of its edits, and reading it."""

@@ -1,0 +1,213 @@
+"""Which key? Where the subject ends in a text, the key there, and the second moment of all keys.
+
+A key is the input of an MLP's second projection (m numbers) at one token; see methods section 0 of
+Meng et al., "Locating and Editing Factual Associations in GPT" (ROME, 2022).
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from kedit import KeditError
+from kedit.data.requests import EditRequest
+from kedit.model.lm import LM
+
+log = logging.getLogger(__name__)
+
+
+# Texts and positions ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LookupText:
+    """A tokenised text and its lookup index: where the subject's last token stands in it."""
+
+    ids: tuple[int, ...]
+    lookup: int
+
+
+def lookup_text(lm: LM, prompt: str, subject: str, template: str = "{}") -> LookupText:
+    """Fill a context template with a prompt and the prompt with its subject, and find the subject.
+
+    The whole text is tokenised once; the subject's last token is the one whose character span covers
+    the subject's last character, so nothing depends on how pieces would be tokenised alone.
+
+    Raises:
+        KeditError: the subject's last token reaches into what follows it ("New York" in "New Yorkers").
+    """
+    frame = template.replace("{}", prompt, 1)
+    head, _, tail = frame.partition("{}")
+    end = len(head) + len(subject)
+    encoded = lm.tokenizer(head + subject + tail, add_special_tokens=False, return_offsets_mapping=True)
+    spans = encoded["offset_mapping"]
+    index = max(i for i, (start, stop) in enumerate(spans) if start < end <= stop)
+    if spans[index][1] > end:
+        raise KeditError(f"in {head + subject + tail!r} the subject {subject!r} merges with what follows it.")
+    return LookupText((*lm.begin, *encoded["input_ids"]), index + len(lm.begin))
+
+
+def lookup_texts(lm: LM, request: EditRequest, contexts: Sequence[str]) -> list[LookupText]:
+    """A request's prompt in each context template; the first template is the bare ``{}``."""
+    return [lookup_text(lm, request.prompt, request.subject, template) for template in contexts]
+
+
+def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-pad token sequences: ids (B, T) and mask (B, T)."""
+    length = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.tensor(sequence)
+        mask[i, : len(sequence)] = 1
+    return ids.to(device), mask.to(device)
+
+
+# Reading activations -------------------------------------------------------------------------------
+
+
+class _Enough(Exception):
+    """Raised by a hook when nothing above it is needed."""
+
+
+@contextmanager
+def capture(lm: LM, modules: dict[str, nn.Module], inputs: bool) -> Iterator[dict[str, Tensor]]:
+    """Within the block, every forward records the modules' inputs or outputs by name, on the model's first device."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name):
+        def record(module, args, output):
+            seen[name] = (args[0] if inputs else output).to(lm.device)
+
+        return record
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(hook(name)).remove)
+        yield seen
+
+
+@contextmanager
+def stop_after(module: nn.Module) -> Iterator[None]:
+    """Within the block, a forward ends quietly once ``module`` has run; nothing above it is computed."""
+
+    def enough(*_):
+        raise _Enough
+
+    handle = module.register_forward_hook(enough)
+    try:
+        yield
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def activations(lm: LM, texts: Sequence[LookupText], layers: Sequence[int], at: str) -> dict[int, Tensor]:
+    """Activations at each row's subject token, layer -> (rows, width).
+
+    ``at`` is "key" (input of the second MLP projection, m wide), "value" (its output, d), "attention"
+    (output of the attention's projection, d), "hidden" (output of the MLP's first projection, its gate
+    where there is one, m) or "block" (the block's output, d). Rows are cut after the subject and the
+    forward stops after the last layer: causal attention makes what follows irrelevant.
+    """
+    anatomy = lm.anatomy
+    find = {
+        "key": anatomy.down,
+        "value": anatomy.down,
+        "attention": anatomy.attn_out,
+        "hidden": anatomy.inner,
+        "block": anatomy.blocks.__getitem__,
+    }[at]
+    sites = {str(layer): find(layer) for layer in layers}
+    ids, mask = pad([text.ids[: text.lookup + 1] for text in texts], lm.device)
+    with capture(lm, sites, inputs=at == "key") as seen, stop_after(anatomy.blocks[max(layers)]):
+        anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False)
+    which = torch.arange(len(texts), device=lm.device)
+    where = torch.tensor([text.lookup for text in texts], device=lm.device)
+    return {layer: seen[str(layer)][which, where] for layer in layers}
+
+
+class _Injected(nn.Module):
+    """Stands in for a block already computed: hands on the states it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.states: Tensor | None = None
+
+    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+        return hidden if self.states is None else self.states
+
+
+@contextmanager
+def skip_blocks(blocks: nn.ModuleList, layer: int) -> Iterator[_Injected]:
+    """Within the block, blocks 0..layer cost nothing; the last of them yields ``.states``."""
+    kept = list(blocks[: layer + 1])
+    injected = _Injected()
+    try:
+        for index in range(layer + 1):
+            blocks[index] = injected if index == layer else _Injected()
+        yield injected
+    finally:
+        for index, block in enumerate(kept):
+            blocks[index] = block
+
+
+class Tail:
+    """Texts read once up to their subject's last token, ready to be run on from there.
+
+    Args:
+        texts: rows; each is split at its subject's last token p into a prefix (positions < p) and a
+            tail (p to the end).
+        layers: blocks after whose output the tail can be run on; -1 is the embedding.
+
+    Attributes:
+        states: layer -> (B, T, d) output of that block on the tails, right-padded.
+    """
+
+    @torch.no_grad()
+    def __init__(self, lm: LM, texts: Sequence[LookupText], layers: Sequence[int]):
+        self.lm = lm
+        starts = torch.tensor([text.lookup for text in texts], device=lm.device)
+        prefix = int(starts.max())
+        self.past = []
+        if prefix:
+            ids, _ = pad([text.ids[: text.lookup] for text in texts], lm.device)
+            cache = DynamicCache()  # no mask: no token looks at the padding after it
+            lm.anatomy.base(input_ids=ids, past_key_values=cache, use_cache=True)
+            self.past = [(kv.keys, kv.values) for kv in cache.layers]
+
+        self.tail_ids, tail_mask = pad([text.ids[text.lookup :] for text in texts], lm.device)
+        self.positions = starts[:, None] + torch.arange(self.tail_ids.shape[1], device=lm.device)
+        before = torch.arange(prefix, device=lm.device)[None] < starts[:, None]
+        self.mask = torch.cat([before.long(), tail_mask], 1)
+        self.states = {-1: lm.anatomy.base.get_input_embeddings()(self.tail_ids)}
+        if sites := {str(layer): lm.anatomy.blocks[layer] for layer in layers if layer >= 0}:
+            with capture(lm, sites, inputs=False) as seen, stop_after(lm.anatomy.blocks[max(layers)]):
+                self.run(-1, self.states[-1])
+            self.states |= {int(name): output for name, output in seen.items()}
+
+    def run(self, layer: int, states: Tensor) -> Tensor:
+        """Run on from the states after ``layer``: (B, T, d) -> final hidden states (B, T, d).
+
+        With a single text, the states may hold any number of versions of its tail.
+        """
+        rows = len(states)
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(self.past):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        start = {"inputs_embeds": states} if layer < 0 else {"input_ids": self.tail_ids.expand(rows, -1)}
+        with skip_blocks(self.lm.anatomy.blocks, layer) as injected:
+            injected.states = states
+            return self.lm.anatomy.base(
+                **start,
+                attention_mask=self.mask.expand(rows, -1),
+                position_ids=self.positions.expand(rows, -1),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state

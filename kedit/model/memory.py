@@ -1,0 +1,65 @@
+"""Memory-based editing: what is remembered, and who answers.
+
+SERAC, GRACE and IKE leave the weights alone and remember each edit instead. A method's memory hangs
+on the model, is filled by the journal (so undo and replay hold for it too), and is asked by
+kedit/model/scoring.py: for every prompt it may name another reader or another text (SERAC, IKE), or change
+the hidden state at the prompt's last token (GRACE). Whatever it leaves alone is read as if it were not
+there. It is asked by kedit's own reading only, not by a bare ``lm.model(...)``.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kedit.model.lm import LM
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who reads a prompt instead: a model, the token ids given to it, and its share of the answer.
+
+    With ``share`` below 1 the answer is the mixture (1 - share) p(unrouted) + share p(routed).
+    ``group`` names prompts worth reading together because they begin alike.
+    """
+
+    lm: "LM"
+    ids: tuple[int, ...]
+    share: float = 1.0
+    group: int = 0
+
+
+class Memory:
+    """Entries in the order of the edits. Methods override what they need."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Remember one edit."""
+        self.entries.append(entry)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.entries.clear()
+
+    def routes(self, prompts: Sequence[tuple[int, ...]]) -> list[Route | None]:
+        """Who reads each prompt (token ids), None where the edited model itself does."""
+        return [None] * len(prompts)
+
+    @contextmanager
+    def answering(self, places: Sequence[int]) -> Iterator[None]:
+        """Within the block, the model's forward of one sequence has its prompts' last tokens at ``places``."""
+        yield
+
+
+def routes(lm: "LM", prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Route]:
+    """The prompts that a memory of the model takes over, and their routes."""
+    found: dict[tuple[int, ...], Route] = {}
+    for memory in lm.memories.values():
+        if memory.entries:
+            for prompt, route in zip(prompts, memory.routes(prompts), strict=True):
+                if route is not None:
+                    found.setdefault(prompt, route)
+    return found
