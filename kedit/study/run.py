@@ -24,7 +24,7 @@ from kedit.model.journal import Edit
 from kedit.store import Store, digest, runs_folder
 from kedit.study import trajectory
 from kedit.study.params import MEASURES, Params
-from kedit.study.results import Results
+from kedit.study.results import Cell, EditRecord, Results
 from kedit.workers import Job, cluster, cores, default_workers, execute, free_memory, pool, threads
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def results(params: Params, source: str) -> Results:
         raise KeditError(f"source is {source!r}; use committed or run.")
     folder = runs_folder() / params.rq / params.name
     try:
-        return Results.load(params, folder)
+        return Results.load(params, folder, "run")
     except KeditError:
         found = run(params)
         found.save(folder)
@@ -91,16 +91,16 @@ class _Unit:
         done = f"{self.where['method'] or 'unedited'} {self.place[2]}"
         return f"{done}: {self.where['benchmark']}" if self.kind == "cell" else done
 
-    def read(self, store: Store) -> dict[str, Any]:
-        """What the store holds of it, as the results do, and the ``seconds`` it took."""
-
+    def read(self, store: Store) -> tuple[Cell | EditRecord, float | None]:
+        """What the store holds of it, as the results do, and the seconds it took."""
         if self.kind == "cell":
             found = store.get_json(self.key)
-            return {"type": "cell", **self.where, "items": found["items"], "seconds": found["seconds"]}
+            return Cell(**self.where, items=found["items"]), found["seconds"]
         stored = store.get(self.key)
         edit = Edit.from_bytes(stored)
-        about = {"number": self.place[2], "request": edit.request, "bytes": len(stored), **edit.info}
-        return {"type": "edit", **self.where, **about}
+        seconds = edit.info.pop("seconds", None)
+        return EditRecord(**self.where, number=self.place[2], request=edit.request, bytes=len(stored),
+                          info=edit.info), seconds  # fmt: skip
 
 
 def _units(params: Params, model: str, states: Mapping[tuple[int, int], list[str]]) -> list[_Unit]:
@@ -186,7 +186,7 @@ def _compute(
     def tick() -> None:
         for key in [key for key in pending if store.path(key).exists()]:
             unit = pending.pop(key)
-            progress.done(unit.kind, unit.read(store).get("seconds"), unit.name)
+            progress.done(unit.kind, unit.read(store)[1], unit.name)
 
     jobs = _jobs(params, model, missing.values(), about.pop("prepare"), store.folder)
     fit = free_memory() // about.pop("memory")
@@ -222,8 +222,9 @@ def run(
     """
     store = store or Store(runs_folder() / "store")
     started = time.time()
-    cells: list[dict[str, Any]] = []
-    edits: list[dict[str, Any]] = []
+    cells: list[Cell] = []
+    edits: list[EditRecord] = []
+    seconds: dict[str, list[float | None]] = {"edit": [], "cell": []}
     about: dict[str, Any] = {}
     computed = {"edit": 0, "cell": 0}
     with ExitStack() as stack:
@@ -242,7 +243,9 @@ def run(
                     progress.done(unit.kind, None, unit.name)
             _compute(params, model, missing, store, progress, executor, about[model], bool(scheduler))
             for unit in units:
-                (cells if unit.kind == "cell" else edits).append(unit.read(store))
+                record, took = unit.read(store)
+                (cells if unit.kind == "cell" else edits).append(record)
+                seconds["cell" if unit.kind == "cell" else "edit"].append(took)
             computed["cell"] += sum(unit.kind == "cell" for unit in missing.values())
             computed["edit"] += sum(unit.kind != "cell" for unit in missing.values())
     progress.bar.close()
@@ -255,7 +258,6 @@ def run(
     )
     if not any(computed.values()):
         log.info("nothing was left to compute")
-    seconds = {"edit": [edit.pop("seconds", None) for edit in edits], "cell": [cell.pop("seconds") for cell in cells]}
     manifest = {
         "params": asdict(params),
         "params_fingerprint": params.fingerprint(),
@@ -263,7 +265,7 @@ def run(
         "models": about,
         "statistics": dict(params.statistics),
         "edits": {
-            "failed": sum("failed" in edit for edit in edits),
+            "failed": sum("failed" in edit.info for edit in edits),
             "median_seconds": _medians(edits, seconds["edit"]),
         },
         "computed": computed,
@@ -272,16 +274,16 @@ def run(
         "machine": {**machine(), "workers": workers, "threads": threads()},
         "versions": versions(),
     }
-    return Results(params, cells, edits, manifest)
+    return Results(params, cells, edits, manifest, "run")
 
 
-def _medians(edits: list[dict], seconds: list[float | None]) -> dict[str, float]:
+def _medians(edits: list[EditRecord], seconds: list[float | None]) -> dict[str, float]:
     from statistics import median
 
     by_method: dict[str, list[float]] = {}
     for edit, value in zip(edits, seconds, strict=True):
         if value is not None:
-            by_method.setdefault(edit["method"], []).append(value)
+            by_method.setdefault(edit.method, []).append(value)
     return {method: round(median(values), 3) for method, values in by_method.items()}
 
 
