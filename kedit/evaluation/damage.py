@@ -14,6 +14,7 @@ writes into them (GRACE does; SERAC and IKE have another reader or another text 
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -65,15 +66,12 @@ def effective_rank(values: Tensor) -> float:
     return torch.special.entr(shares).sum().exp().item()
 
 
-def _weights(lm: LM) -> list[dict[str, Any]]:
+def _weights(lm: LM, unedited: "Unedited") -> list[dict[str, Any]]:
     items = []
-    unedited = lm.__dict__.setdefault("_unedited_values", {})  # the same at every checkpoint, as the states are
     for module in lm.journal.edited():
         before, after = lm.journal.original(module).double(), lm.model.get_submodule(module).weight.double()
         change = after - before
-        if module not in unedited:
-            unedited[module] = singular_values(before)
-        was, now, moved = unedited[module], singular_values(after), singular_values(change, small=False)
+        was, now, moved = unedited.singular_values(module), singular_values(after), singular_values(change, small=False)
         items.append(
             {
                 "kind": "weight",
@@ -134,14 +132,21 @@ def _answers(lm: LM, final: Tensor, prompt: Sequence[int], more: Sequence[int], 
     return torch.logaddexp(own + math.log1p(-route.share), routed + math.log(route.share))
 
 
-def _unedited(lm: LM, passages: Sequence[Sequence[int]]) -> list[Tensor]:
-    """States of the unedited model, kept with the model: they are the same at every checkpoint."""
-    kept = lm.__dict__.setdefault("_unedited_states", {})
-    for ids in passages:
-        if tuple(ids) not in kept:
-            with lm.journal.unedited():
-                kept[tuple(ids)] = _states(lm, ids[:PROMPT], ids[PROMPT:])
-    return [kept[tuple(ids)] for ids in passages]
+class Unedited:
+    """What the damaged model is compared with, computed once: no edit changes it."""
+
+    def __init__(self, lm: LM):
+        self.lm = lm
+        self.held_out = cache(partial(held_out, lm))
+        self.states = cache(self._states)
+        self.singular_values = cache(self._singular_values)
+
+    def _states(self, ids: tuple[int, ...]) -> Tensor:
+        with self.lm.journal.unedited():
+            return _states(self.lm, ids[:PROMPT], ids[PROMPT:])
+
+    def _singular_values(self, module: str) -> Tensor:
+        return singular_values(self.lm.journal.original(module))
 
 
 def _drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,9 +160,15 @@ def _drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def measure(
-    lm: LM, text: str = "wikipedia-sample", passages: int = PASSAGES, skip: int = MOMENTS
+    lm: LM,
+    text: str = "wikipedia-sample",
+    passages: int = PASSAGES,
+    skip: int = MOMENTS,
+    unedited: Unedited | None = None,
 ) -> list[dict[str, Any]]:
     """Damage to the model as it is now, against the unedited one; ``held_out`` explains the arguments.
+
+    ``unedited`` spares computing again what earlier calls on this model have.
 
     Items by ``kind``, all numbers plain floats, exactly 0 (differences) or 1 (ratios) without edits:
 
@@ -170,15 +181,12 @@ def measure(
       in nats, each also ``_unedited``; ``kl`` from the unedited distribution to this one; ``routed``,
       whether a memory took the prompt over.
     """
-    kept = lm.__dict__.setdefault("_held_out", {})
-    place = (text, passages, skip)
-    if place not in kept:
-        kept[place] = held_out(lm, *place)
-    texts = kept[place]
-    before = _unedited(lm, texts)
+    unedited = unedited or Unedited(lm)
+    texts = unedited.held_out(text, passages, skip)
     taken = routes(lm, list(dict.fromkeys(tuple(ids[:PROMPT]) for ids in texts)))
     answers, drifts = [], []
-    for index, (ids, states) in enumerate(zip(texts, before, strict=True)):
+    for index, ids in enumerate(texts):
+        states = unedited.states(tuple(ids))
         prompt, more = ids[:PROMPT], ids[PROMPT:]
         route = taken.get(tuple(prompt))
         now = _states(lm, prompt, more)
@@ -197,4 +205,4 @@ def measure(
     layers = [
         {"kind": "layer", "id": str(layer), "cosine": cosine[layer], "l2": l2[layer]} for layer in range(lm.layers)
     ]
-    return [*_weights(lm), *layers, *answers]
+    return [*_weights(lm, unedited), *layers, *answers]

@@ -19,8 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from kedit.evaluation import benchmarks
+from kedit.evaluation.records import Item
 from kedit.model.lm import LM
-from kedit.model.scoring import loglikelihoods, read
+from kedit.model.scoring import Drafts, loglikelihoods, read
 
 for noisy in ("lm_eval", "datasets"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -29,9 +30,9 @@ for noisy in ("lm_eval", "datasets"):
 class SharedPrefixLM(HFLM):
     """lm-eval's ``hf`` model with kedit's forward passes: what prompts have in common is read once."""
 
-    def __init__(self, lm: LM):
+    def __init__(self, lm: LM, guesses: Drafts | None = None):
         super().__init__(pretrained=lm.model, tokenizer=lm.tokenizer, backend="causal", batch_size=1)
-        self.lm = lm
+        self.lm, self.guesses = lm, guesses
         self.encode = cache(lm.encode)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -71,7 +72,7 @@ class SharedPrefixLM(HFLM):
                 longest = self.max_length // 2
             room = self.max_length - longest
             contexts = [self.tok_encode(requests[index].args[0])[-room:] for index in indices]
-            _, generated = read(self.lm, [], contexts, longest, finished, self.lm.drafts)
+            _, generated = read(self.lm, [], contexts, longest, finished, self.guesses)
             for index, tokens in zip(indices, generated, strict=True):
                 if self.eot_token_id in tokens:
                     tokens = tokens[: tokens.index(self.eot_token_id)]
@@ -79,9 +80,9 @@ class SharedPrefixLM(HFLM):
         return [texts[index] for index in range(len(requests))]
 
 
-def _item(sample: dict[str, Any], metric: str, name: str) -> dict[str, Any]:
+def _item(sample: dict[str, Any], metric: str, name: str) -> Item:
     """One item's outcome: its value, and what was answered."""
-    item = {"id": name, "value": float(sample[metric])}
+    item: Item = {"id": name, "value": float(sample[metric])}
     first = sample["filtered_resps"][0]
     if isinstance(first, str):
         item["text"] = sample["resps"][0][0]
@@ -93,7 +94,7 @@ def _item(sample: dict[str, Any], metric: str, name: str) -> dict[str, Any]:
     return item
 
 
-def evaluate(lm: LM, name: str, limit: int | None = None) -> list[dict[str, Any]]:
+def evaluate(lm: LM, name: str, limit: int | None = None, guesses: Drafts | None = None) -> list[Item]:
     """Outcomes of one benchmark on the model as it is now, in the order of its tasks and their items.
 
     Each item holds ``id``, ``value`` (its share of the benchmark's metric), ``parsed`` and either the
@@ -101,8 +102,7 @@ def evaluate(lm: LM, name: str, limit: int | None = None) -> list[dict[str, Any]
     generated ``text``. Where a benchmark is several tasks, an id names the task too.
     """
     about, tasks = benchmarks.metadata(name), benchmarks.tasks(name)
-    if getattr(lm, "_harness", None) is None:
-        lm._harness = SharedPrefixLM(lm)
+    reader = SharedPrefixLM(lm, guesses)
     items = []
     for subtask, count in benchmarks.shares(name, limit).items():
         if not count:
@@ -111,7 +111,7 @@ def evaluate(lm: LM, name: str, limit: int | None = None) -> list[dict[str, Any]
         # each of many short steps.
         with torch.inference_mode(), contextlib.redirect_stderr(io.StringIO()):
             results = lm_eval.evaluate(
-                lm=lm._harness,
+                lm=reader,
                 task_dict={subtask: tasks[subtask]},
                 limit=count,
                 log_samples=True,

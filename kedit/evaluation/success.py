@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kedit.data.requests import EditRequest, spaced
+from kedit.evaluation.records import Item
 from kedit.model.lm import LM
-from kedit.model.scoring import read
+from kedit.model.scoring import Drafts, read
 
 METRICS = ("reliability", "generalisation", "locality")
 
@@ -27,8 +28,8 @@ def _prompts(request: EditRequest) -> Iterator[tuple[str, str, str, str]]:
         yield "locality", neighbour, request.target_new, answer
 
 
-def measure(lm: LM, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
-    """Ask the model as it is now about each request.
+def measure(lm: LM, requests: Sequence[EditRequest], guesses: Drafts | None = None) -> list[Item]:
+    """Ask the model as it is now about each request; ``guesses`` are the ``drafts`` of ``scoring.read``.
 
     Each item holds the request's ``id``, the ``kind`` of question, the mean log-probability a token of
     the ``new`` and the ``true`` object, and the generated ``text``, long enough for either object.
@@ -46,7 +47,7 @@ def measure(lm: LM, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
             prompts.append(context)
 
     newline = lm.encode("\n")[0]
-    scores, texts = read(lm, pairs, prompts, longest + 1, lambda _, tokens: tokens[-1] == newline, lm.drafts)
+    scores, texts = read(lm, pairs, prompts, longest + 1, lambda _, tokens: tokens[-1] == newline, guesses)
     for index, item in enumerate(items):
         for offset, name in enumerate(("new", "true")):
             total, _ = scores[2 * index + offset]
