@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedit.data.requests import EditRequest
 from kedit.editors import memit
+from kedit.editors.cost import Cost, Shape, locate_then_edit
 from kedit.model.journal import Edit, Entry
 from kedit.model.memory import Memory
 
@@ -42,6 +43,7 @@ class Held(Memory):
         super().__init__()
         self.inside: dict[int, Tensor] = {}
         self.factors: dict[int, Tensor] = {}
+        self.bases: dict[int, Tensor] = {}
 
     def clear(self) -> None:
         """Forget all."""
@@ -76,24 +78,31 @@ class AlphaEdit(memit.MEMIT):
     """
 
     name = "alphaedit"
+    label = "AlphaEdit"
+    style = ("#0072b2", "*", "--")
     Hparams = Hparams
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.memory = Held()
-        self.lm.journal.attach(self.name, self.memory)
-        self._bases: dict[int, Tensor] = {}
+    def make_memory(self) -> Held:
+        """Keys of earlier edits."""
+        return Held()
+
+    @classmethod
+    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
+        """MEMIT's, with eigenvectors in place of Cholesky factors."""
+        return locate_then_edit(
+            shape, hparams.layers, hparams.steps - 1, hparams.contexts, tokens, factorisations=30, factors=3
+        )
 
     def basis(self, layer: int) -> Tensor:
         """U, an orthonormal basis of the null space: (m, r) float64."""
-        if layer not in self._bases:
+        if layer not in self.memory.bases:
             values, vectors = self.statistics.spectrum(layer)
             if self.hparams.threshold is not None:
                 rank = int((values < self.hparams.threshold).sum())
             else:
                 rank = int((values.cumsum(0) <= self.hparams.share * values.sum()).sum())
-            self._bases[layer] = vectors[:, :rank].contiguous()
-        return self._bases[layer]
+            self.memory.bases[layer] = vectors[:, :rank].contiguous()
+        return self.memory.bases[layer]
 
     def _gain(self, layer: int, keys: Tensor) -> Tensor:
         basis, ridge = self.basis(layer), self.hparams.ridge

@@ -5,6 +5,7 @@ shows is the pipeline's doing, not an edit's.
 """
 
 from kedit.data.requests import EditRequest
+from kedit.editors.cost import Cost, Shape
 from kedit.editors.protocol import Editor
 from kedit.model.journal import Edit
 
@@ -13,6 +14,15 @@ class Control(Editor):
     """Does nothing, and says so in the journal."""
 
     name = "control"
+    label = "control (no edit)"
+    style = ("#7f7f7f", "x", "-")
+
+    edits = False
+
+    @classmethod
+    def cost(cls, shape: Shape, hparams: object, tokens: int) -> Cost:
+        """Nothing."""
+        return Cost(journal_bytes=0)
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         pass

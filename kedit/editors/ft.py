@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kedit.data.requests import EditRequest, spaced
+from kedit.editors.cost import FLOAT, Cost, Shape, descent
 from kedit.editors.protocol import Editor
 from kedit.model.anatomy import matrix
 from kedit.model.forward import LookupText, Tail
@@ -32,7 +33,15 @@ class FTM(Editor):
     """Adam on one matrix, loss = mean -log p(target token | prompt, earlier target tokens)."""
 
     name = "ft-m"
+    style = ("#e69f00", ">", "--")
     Hparams = Hparams
+
+    @classmethod
+    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
+        """A search for a whole matrix, which is stored; beside it are its gradient, Adam's moments and a copy."""
+        size = shape.d * shape.m * FLOAT
+        work = descent(shape, 1, hparams.steps, hparams.layer)
+        return Cost(edit=work, journal_bytes=size, device_bytes=5 * size)
 
     @staticmethod
     def _places(prompt: int, target: int) -> list[int]:
@@ -87,6 +96,7 @@ class FTL(FTM):
     """The same with loss = mean -log p(target token | prompt): a bag of tokens, all in the first place."""
 
     name = "ft-l"
+    style = ("#e69f00", "<", "-")
 
     @staticmethod
     def _places(prompt: int, target: int) -> list[int]:

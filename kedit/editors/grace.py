@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kedit.data.requests import EditRequest, spaced
+from kedit.editors.cost import FLOAT, Cost, Shape, descent
 from kedit.editors.protocol import Editor
 from kedit.model.forward import LookupText, Tail, activations
 from kedit.model.journal import Edit, EditFailed, Entry
@@ -91,12 +92,18 @@ class GRACE(Editor):
     """Add a key, or widen or split the ball it falls into (algorithm 1), then learn the value by Adam."""
 
     name = "grace"
+    style = ("#009e73", "^", "-")
     Hparams = Hparams
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.memory = Codebook(self.lm, self.hparams.layer)
-        self.lm.journal.attach(self.name, self.memory)
+    def make_memory(self) -> Codebook:
+        """An empty codebook."""
+        return Codebook(self.lm, self.hparams.layer)
+
+    @classmethod
+    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
+        """A search for one vector; key and value are stored."""
+        work = descent(shape, 1, hparams.steps, hparams.layer)
+        return Cost(edit=work, journal_bytes=(shape.d + shape.m) * FLOAT)
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         lm, hp, rows = self.lm, self.hparams, self.memory.entries

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit.data.requests import EditRequest, spaced
+from kedit.editors.cost import FLOAT, Cost, Shape, reading
 from kedit.editors.protocol import Editor
 from kedit.model.anatomy import matrix
 from kedit.model.forward import LookupText, Tail, activations
@@ -90,7 +91,13 @@ class KN(Editor):
     """
 
     name = "kn"
+    style = ("#000000", "X", "-")
     Hparams = Hparams
+
+    @classmethod
+    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
+        """One token through the blocks above each layer, for each point of the integral; the journal's is SmolLM2's."""
+        return Cost(edit=reading(shape, shape.layers * hparams.steps, 16), journal_bytes=70 * shape.d * FLOAT)
 
     def _says(self, ids: Sequence[int], count: int) -> list[int]:
         """Greedy continuation by so many tokens."""

@@ -12,6 +12,7 @@ import torch
 
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.contexts import context_templates
+from kedit.editors.cost import Cost, Shape, locate_then_edit
 from kedit.editors.protocol import Editor
 from kedit.editors.value_search import Search, search
 from kedit.model.anatomy import matrix
@@ -43,13 +44,19 @@ class MEMIT(Editor):
     """Per layer: W gains R K^T (lambda C + K K^T)^-1 with R an equal share of z - h (eq. 14, alg. 1)."""
 
     name = "memit"
+    style = ("#0072b2", "s", "-")
     Hparams = Hparams
     site = "block"  # where z is optimised: the residual stream after the last edited layer
 
-    @property
-    def moments_of(self) -> Sequence[int]:
+    @classmethod
+    def moments_at(cls, hparams: Hparams) -> Sequence[int]:
         """Layers whose second moments enter the edits."""
-        return self.hparams.layers
+        return hparams.layers
+
+    @classmethod
+    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
+        """What the method costs on a model of that shape, with second moments over so many tokens."""
+        return locate_then_edit(shape, hparams.layers, hparams.steps - 1, hparams.contexts, tokens)
 
     def _prepare(self) -> None:
         if self.contexts is None:

@@ -50,6 +50,7 @@ class PMET(memit.MEMIT):
     """Per layer: W gains (z - h) / sqrt(layers to come) times MEMIT's K^T (lambda C + K K^T)^-1 (eq. 9-14)."""
 
     name = "pmet"
+    style = ("#56b4e9", "p", "-")
     Hparams = Hparams
     site = "value"  # the MLP's output in the last edited layer
 

@@ -1,17 +1,19 @@
-"""The protocol of an editor."""
+"""The protocol of an editor: what it does, and what the rest of the house must know of it."""
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from kedit.data import facts
 from kedit.data.requests import EditRequest
+from kedit.editors.cost import Cost, Shape
 from kedit.editors.second_moments import SecondMoments
 from kedit.model.journal import Edit
 from kedit.model.lm import LM
+from kedit.model.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,32 @@ class NoHparams:
 class Editor(ABC):
     """One editing method on one model.
 
+    Subclasses implement ``_apply``, and override what else they need; none has its own ``__init__``.
+
     Args:
         hparams: values for the method's ``Hparams``.
         statistics: second moments of the keys; by default those of the bundled text.
         contexts: context templates, the bare ``{}`` first; by default sampled from the model.
+
+    Attributes:
+        memory: what a memory-based method remembers of its edits; it hangs on the model's journal.
     """
 
     name: ClassVar[str]
+    label: ClassVar[str]
+    """As printed; by default the name in capitals."""
+    style: ClassVar[tuple[str, str, str]] = ("#882255", "d", "-.")
+    """Colour, marker and dash of its curve: Okabe and Ito's colours, which the colour-blind can tell apart."""
     Hparams: ClassVar[type] = NoHparams
     trained: ClassVar[bool] = False
     """Whether ``prepare`` trains something, where it was not trained before."""
+    edits: ClassVar[bool] = True
+    """Whether an edit changes something; the control's do not."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls) and "label" not in vars(cls):
+            cls.label = cls.name.upper()
 
     def __init__(
         self,
@@ -43,9 +61,15 @@ class Editor(ABC):
         self.lm = lm
         self.hparams = hparams
         self.statistics = statistics or SecondMoments(lm)
-        self.contexts = list(contexts) if contexts else None
-        self._contexts_given = bool(contexts)
+        self.contexts = self._contexts_given = list(contexts) if contexts else None
         self._ready = False
+        self.memory = self.make_memory()
+        if self.memory is not None:
+            lm.journal.attach(self.name, self.memory)
+
+    def make_memory(self) -> Memory | None:
+        """The memory of a memory-based method, empty."""
+        return None
 
     def prepare(self) -> None:
         """Everything that needs the unedited model, done once, on it, whatever edits the model has by now.
@@ -58,21 +82,43 @@ class Editor(ABC):
             self._ready = True
 
     def _prepare(self) -> None:  # noqa: B027 - methods without preparation leave it
-        """SecondMoments, templates, training: what a method needs before its first edit."""
+        """Second moments, context templates, training: what a method needs before its first edit."""
 
-    def key(self) -> dict[str, Any]:
-        """What the method's edits depend on besides model and requests, for hashing."""
-        return {
-            "method": self.name,
-            "hparams": asdict(self.hparams),
-            "statistics": self.statistics.key if self.moments_of else None,
-            "contexts": self.contexts if self._contexts_given else "sampled",
-        }
+    @classmethod
+    def moments_at(cls, hparams: Any) -> Sequence[int]:
+        """Layers whose second moments enter the edits."""
+        return ()
 
     @property
     def moments_of(self) -> Sequence[int]:
-        """Layers whose second moments enter the edits."""
-        return ()
+        """Layers whose second moments enter this editor's edits."""
+        return self.moments_at(self.hparams)
+
+    @classmethod
+    def recipe(
+        cls, hparams: Any, statistics: Mapping[str, Any], contexts: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """What edits depend on besides model and requests, for hashing; it needs no model.
+
+        Args:
+            statistics: the key of the second moments (``SecondMoments.key``, ``second_moments.key_of``).
+            contexts: context templates that were given; None where they are sampled.
+        """
+        return {
+            "method": cls.name,
+            "hparams": asdict(hparams),
+            "statistics": dict(statistics) if cls.moments_at(hparams) else None,
+            "contexts": list(contexts) if contexts else "sampled",
+        }
+
+    def key(self) -> dict[str, Any]:
+        """The recipe of this editor's edits."""
+        return self.recipe(self.hparams, self.statistics.key, self._contexts_given)
+
+    @classmethod
+    def cost(cls, shape: Shape, hparams: Any, tokens: int) -> Cost:
+        """What the method costs on a model of that shape, with second moments over so many tokens."""
+        return Cost()
 
     def apply(self, request: EditRequest) -> Edit:
         """Edit the model in place, on top of whatever edits it already has.

@@ -14,6 +14,7 @@ class RROME(ROME):
     """W gains (v* - W kbar) u^T / (kbar . u), u = C^-1 kbar: the edited W maps the averaged key to v*."""
 
     name = "r-rome"
+    style = ("#d55e00", "D", "--")
 
     def _mapped(self, keys: torch.Tensor) -> torch.Tensor:
         return keys.mean(0)

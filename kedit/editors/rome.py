@@ -11,6 +11,7 @@ import torch
 
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.contexts import context_templates
+from kedit.editors.cost import Cost, Shape, locate_then_edit
 from kedit.editors.protocol import Editor
 from kedit.editors.value_search import Search, search
 from kedit.model.anatomy import matrix
@@ -47,12 +48,18 @@ class ROME(Editor):
     """
 
     name = "rome"
+    style = ("#d55e00", "o", "-")
     Hparams = Hparams
 
-    @property
-    def moments_of(self) -> Sequence[int]:
+    @classmethod
+    def moments_at(cls, hparams: Hparams) -> Sequence[int]:
         """Layers whose second moments enter the edits."""
-        return [self.hparams.layer] if self.hparams.covariance else []
+        return [hparams.layer] if hparams.covariance else []
+
+    @classmethod
+    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
+        """What the method costs on a model of that shape, with second moments over so many tokens."""
+        return locate_then_edit(shape, [hparams.layer], hparams.steps - 1, hparams.contexts, tokens)
 
     def _prepare(self) -> None:
         if self.contexts is None:

@@ -1,10 +1,12 @@
 """Second moments of the keys, and what is derived from them."""
 
 import hashlib
+import importlib.metadata
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,6 +18,28 @@ from kedit.data.corpus import WIKIPEDIA, corpus, sequences
 from kedit.model.forward import capture, stop_after
 from kedit.model.lm import LM
 from kedit.store import cache_folder, write_atomic
+
+TOKENS = 98_304
+"""Of the text that second moments are taken over, unless said otherwise."""
+
+
+def default_text(model: str) -> str:
+    """The text for a model: the pico models know the words of their own world only."""
+    return "pico" if model.startswith("pico-") else "wikipedia-sample"
+
+
+def _text_hash(text: str) -> str:
+    if text == "wikipedia":
+        return "-".join(WIKIPEDIA).replace("/", "-")
+    if text == "wikipedia-sample":
+        return f"gensim-{importlib.metadata.version('gensim')}"
+    return hashlib.sha256("\x1e".join(corpus(text)).encode()).hexdigest()[:16]
+
+
+def key_of(model: str, fingerprint: str, text: str | None = None, tokens: int = TOKENS) -> dict[str, Any]:
+    """What a model's second moments over a text depend on, for hashing; it needs no model."""
+    text = text or default_text(model)
+    return {"model": fingerprint, "text": text, "tokens": tokens, "hash": _text_hash(text)}
 
 
 class SecondMoments:
@@ -31,39 +55,27 @@ class SecondMoments:
         self,
         lm: LM,
         text: str | None = None,
-        tokens: int = 98_304,
+        tokens: int = TOKENS,
         moments: dict[int, Tensor] | None = None,
     ):
-        # the pico models know the words of their own world only
-        self.text = text or ("pico" if lm.name.startswith("pico-") else "wikipedia-sample")
-        self.lm, self.tokens = lm, tokens
+        self.lm, self.text, self.tokens = lm, text or default_text(lm.name), tokens
         self._given = moments is not None
         self._moments: dict[int, Tensor] = dict(moments or {})
         self._factors: dict[int, Tensor] = {}
 
     @cached_property
-    def key(self) -> dict[str, object]:
+    def key(self) -> dict[str, Any]:
         """What the matrices depend on, for hashing."""
         if self._given:
             digest = hashlib.sha256()
             for layer, moment in sorted(self._moments.items()):
                 digest.update(f"{layer}".encode() + moment.double().numpy().tobytes())
             return {"given": digest.hexdigest()[:16]}
-        return {"model": self.lm.fingerprint, "text": self.text, "tokens": self.tokens, "hash": self._text_hash}
-
-    @cached_property
-    def _text_hash(self) -> str:
-        if self.text == "wikipedia":
-            return "-".join(WIKIPEDIA).replace("/", "-")
-        if self.text == "wikipedia-sample":
-            import importlib.metadata
-
-            return f"gensim-{importlib.metadata.version('gensim')}"
-        return hashlib.sha256("\x1e".join(corpus(self.text)).encode()).hexdigest()[:16]
+        return key_of(self.lm.name, self.lm.fingerprint, self.text, self.tokens)
 
     def _path(self, layer: int, kind: str = "") -> Path:
         name = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(self.text).name)
-        folder = cache_folder() / "moments" / self.lm.fingerprint / f"{name}-{self._text_hash}-{self.tokens}"
+        folder = cache_folder() / "moments" / self.lm.fingerprint / f"{name}-{_text_hash(self.text)}-{self.tokens}"
         return folder / f"{layer}{kind and '-' + kind}.safetensors"
 
     def prepare(self, layers: Sequence[int]) -> None:
