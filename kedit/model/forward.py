@@ -5,9 +5,10 @@ Meng et al., "Locating and Editing Factual Associations in GPT" (ROME, 2022).
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,41 +71,47 @@ def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tenso
 # Reading activations -------------------------------------------------------------------------------
 
 
-class _Enough(Exception):
-    """Raised by a hook when nothing above it is needed."""
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
+"""(module, its positional inputs, its output) -> what takes the place of the output, or None to leave it."""
 
 
 @contextmanager
-def capture(lm: LM, modules: dict[str, nn.Module], inputs: bool) -> Iterator[dict[str, Tensor]]:
+def hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
+    """Within the block, each module's forward is followed by its hook."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def capture(lm: LM, modules: Mapping[Any, nn.Module], inputs: bool) -> Iterator[dict[Any, Tensor]]:
     """Within the block, every forward records the modules' inputs or outputs by name, on the model's first device."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[Any, Tensor] = {}
+    names = {module: name for name, module in modules.items()}
 
-    def hook(name):
-        def record(module, args, output):
-            seen[name] = (args[0] if inputs else output).to(lm.device)
+    def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen[names[module]] = (args[0] if inputs else output).to(lm.device)
 
-        return record
-
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(module.register_forward_hook(hook(name)).remove)
+    with hooked(dict.fromkeys(names, record)):
         yield seen
+
+
+class _Stop(Exception):
+    """Raised by a hook when nothing above it is needed."""
 
 
 @contextmanager
 def stop_after(module: nn.Module) -> Iterator[None]:
     """Within the block, a forward ends quietly once ``module`` has run; nothing above it is computed."""
 
-    def enough(*_):
-        raise _Enough
+    def stop(*_: Any) -> None:
+        raise _Stop
 
-    handle = module.register_forward_hook(enough)
-    try:
+    with suppress(_Stop), hooked({module: stop}):
         yield
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
@@ -124,13 +131,13 @@ def activations(lm: LM, texts: Sequence[LookupText], layers: Sequence[int], at: 
         "hidden": anatomy.inner,
         "block": anatomy.blocks.__getitem__,
     }[at]
-    sites = {str(layer): find(layer) for layer in layers}
+    sites = {layer: find(layer) for layer in layers}
     ids, mask = pad([text.ids[: text.lookup + 1] for text in texts], lm.device)
     with capture(lm, sites, inputs=at == "key") as seen, stop_after(anatomy.blocks[max(layers)]):
         anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False)
     which = torch.arange(len(texts), device=lm.device)
     where = torch.tensor([text.lookup for text in texts], device=lm.device)
-    return {layer: seen[str(layer)][which, where] for layer in layers}
+    return {layer: seen[layer][which, where] for layer in layers}
 
 
 class _Injected(nn.Module):
@@ -187,10 +194,10 @@ class Tail:
         before = torch.arange(prefix, device=lm.device)[None] < starts[:, None]
         self.mask = torch.cat([before.long(), tail_mask], 1)
         self.states = {-1: lm.anatomy.base.get_input_embeddings()(self.tail_ids)}
-        if sites := {str(layer): lm.anatomy.blocks[layer] for layer in layers if layer >= 0}:
+        if sites := {layer: lm.anatomy.blocks[layer] for layer in layers if layer >= 0}:
             with capture(lm, sites, inputs=False) as seen, stop_after(lm.anatomy.blocks[max(layers)]):
                 self.run(-1, self.states[-1])
-            self.states |= {int(name): output for name, output in seen.items()}
+            self.states |= seen
 
     def run(self, layer: int, states: Tensor) -> Tensor:
         """Run on from the states after ``layer``: (B, T, d) -> final hidden states (B, T, d).

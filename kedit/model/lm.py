@@ -60,8 +60,6 @@ class LM:
         self.begin = [begin_token(tokenizer)] if begin else []
         self.memories: dict[str, Memory] = {}
         """Memories of the memory-based editors made for this model, by method."""
-        self.drafts: dict[tuple[int, ...], list[int]] = {}
-        """What was last generated from each prompt: guesses that make generating again cheaper."""
 
     @property
     def device(self) -> torch.device:

