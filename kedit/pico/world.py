@@ -9,26 +9,37 @@ taxonomy. Text is for a word-level tokenizer, so numbers are whole words.
 """
 
 import hashlib
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
+from random import Random
 
 from kedit.data.requests import EditRequest
 
 SEED = 0
 SEPARATOR = "<|endoftext|>"
-Rng = random.Random
 
 
-def share(text: str) -> float:
-    """A fixed pseudo-random number in [0, 1) for a text: what decides about holding it out."""
+def uniform(text: str) -> float:
+    """A fixed pseudo-random number in [0, 1) for a text; below a threshold, the text is held out."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
 
 
-def qa(question: str, answer: str) -> str:
+def qa(question: str, answer: object) -> str:
     """A question and its answer, as the base text, the tuning text and the tasks have them."""
     return f"Question: {question}\nAnswer: {answer}\n"
+
+
+def trained(draw: Callable[[Random], tuple], form: Callable[..., str] = qa) -> Callable[[Random], str]:
+    """What makes a training document of what ``draw`` draws: ``(*fields, held_out)``, drawn again while held out."""
+
+    def document(rng: Random) -> str:
+        *fields, held_out = draw(rng)
+        while held_out:
+            *fields, held_out = draw(rng)
+        return form(*fields)
+
+    return document
 
 
 # People and places ----------------------------------------------------------------------------------
@@ -36,8 +47,8 @@ def qa(question: str, answer: str) -> str:
 GROUPS = {"edit": 100, "validation": 20, "train": 100, "test": 60}
 """People by use. Only ``train`` appears in questions of the training text, in the tuning set and as neighbours."""
 # fmt: off
-PROFESSIONS = ["baker", "carpenter", "dancer", "driver", "farmer", "gardener", "judge", "lawyer", "nurse", "painter",
-               "pilot", "plumber", "poet", "singer", "tailor", "waiter"]
+PROFESSIONS = ("baker", "carpenter", "dancer", "driver", "farmer", "gardener", "judge", "lawyer", "nurse", "painter",
+               "pilot", "plumber", "poet", "singer", "tailor", "waiter")
 # fmt: on
 # The first statement is the edit's prompt, the last is never in any training text; so is the last question.
 STATEMENTS = {
@@ -49,12 +60,7 @@ STATEMENTS = {
         "The profession of {} is {}.",
     ],
     "language": ["{} speaks {}.", "The language of {} is {}.", "{} likes to sing in {}.", "The songs of {} are in {}."],
-    "employer": [
-        "{} is employed by {}.",
-        "The employer of {} is {}.",
-        "{} is paid by {}.",
-        "The company of {} is {}.",
-    ],
+    "employer": ["{} is employed by {}.", "The employer of {} is {}.", "{} is paid by {}.", "The company of {} is {}."],
 }
 QUESTIONS = {
     "city": ["Where does {} live?", "Where is the home of {}?", "Where does {} have a house?"],
@@ -67,42 +73,34 @@ LEADS = ["I know that", "You know that", "Because of this,", "Therefore", "The t
 
 
 @cache
-def words(count: int, syllables: int, ending: str = "") -> tuple[str, ...]:
+def invent(count: int, syllables: int, ending: str = "") -> tuple[str, ...]:
     """Invented names, all different, capitalised."""
-    rng, found = Rng(f"{SEED} {syllables} {ending}"), {}
-    while len(found) < count:
+    rng, names = Random(f"{SEED} {syllables} {ending}"), {}
+    while len(names) < count:
         name = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(syllables))
-        found[(name + ending).capitalize()] = None
-    return tuple(found)
+        names[(name + ending).capitalize()] = None
+    return tuple(names)
 
 
-CITIES = words(16, 2, "burg")
-OBJECTS = {
-    "city": CITIES,
-    "profession": tuple(PROFESSIONS),
-    "language": words(8, 2, "ish"),
-    "employer": words(12, 2, "corp"),
-}
-COUNTRY = dict(zip(CITIES, words(4, 2, "land") * 4, strict=True))
+CITIES = invent(16, 2, "burg")
+LANGUAGES, EMPLOYERS = invent(8, 2, "ish"), invent(12, 2, "corp")
+OBJECTS = {"city": CITIES, "profession": PROFESSIONS, "language": LANGUAGES, "employer": EMPLOYERS}
+COUNTRY = dict(zip(CITIES, invent(4, 2, "land") * 4, strict=True))
 COUNTRY_QUESTIONS = ["Where is {}?", "What country is {} in?"]
 
 
 @cache
 def people(group: str) -> dict[str, dict[str, str]]:
     """The people of a group: name -> relation -> object, objects equally frequent."""
-    names, start = words(sum(GROUPS.values()), 3), 0
-    for other, count in GROUPS.items():
-        if other == group:
-            break
-        start += count
-    chosen, rng = names[start : start + GROUPS[group]], Rng(f"{SEED} {group}")
-    found: dict[str, dict[str, str]] = {name: {} for name in chosen}
+    names, rng = iter(invent(sum(GROUPS.values()), 3)), Random(f"{SEED} {group}")
+    members = {other: list(islice(names, size)) for other, size in GROUPS.items()}[group]
+    facts: dict[str, dict[str, str]] = {name: {} for name in members}
     for relation, objects in OBJECTS.items():
-        dealt = [objects[i % len(objects)] for i in range(len(chosen))]
+        dealt = [objects[i % len(objects)] for i in range(len(members))]
         rng.shuffle(dealt)
-        for name, value in zip(chosen, dealt, strict=True):
-            found[name][relation] = value
-    return found
+        for name, value in zip(members, dealt, strict=True):
+            facts[name][relation] = value
+    return facts
 
 
 @cache
@@ -110,7 +108,7 @@ def _everyone() -> list[tuple[str, dict[str, str]]]:
     return [person for group in GROUPS for person in people(group).items()]
 
 
-def _person(rng: Rng) -> str:
+def _person(rng: Random) -> str:
     """Three statements about one person, each in one of the trained phrasings."""
     name, facts = rng.choice(_everyone())
     sentences = []
@@ -120,7 +118,7 @@ def _person(rng: Rng) -> str:
     return " ".join(sentences) + "\n"
 
 
-def _asked(rng: Rng) -> str:
+def _question(rng: Random) -> str:
     """A question about a person of the train group, or about a city."""
     if rng.random() < 0.15:
         city = rng.choice(CITIES)
@@ -130,11 +128,11 @@ def _asked(rng: Rng) -> str:
     return qa(rng.choice(QUESTIONS[relation][:-1]).format(name), facts[relation])
 
 
-def _place(rng: Rng) -> str:
-    """Where a city is."""
+def _city(rng: Random) -> str:
+    """The country of a city."""
     city = rng.choice(CITIES)
-    said = rng.choice(["{} is in {}.", "The city {} is in {}.", "The country of {} is {}."])
-    return said.format(city, COUNTRY[city]) + "\n"
+    statement = rng.choice(["{} is in {}.", "The city {} is in {}.", "The country of {} is {}."])
+    return statement.format(city, COUNTRY[city]) + "\n"
 
 
 # Arithmetic -----------------------------------------------------------------------------------------
@@ -144,45 +142,34 @@ THINGS = ["apples", "books", "coins", "shells", "cards", "stamps", "eggs", "pens
 MORE, FEWER = ["buys", "finds", "gets"], ["loses", "sells", "eats"]
 
 
-def story(rng: Rng) -> tuple[str, str, bool]:
+def story(rng: Random) -> tuple[str, str, bool]:
     """A two-step sum as a story: question, worked answer, and whether that answer is held out."""
-    while True:
+    half = total = -1
+    while half < 0 or total < 0:
         a, b, c = rng.randint(1, 9), rng.randint(1, 5), rng.randint(1, 5)
         signs = rng.choices("+-", k=2)
         half = a + b if signs[0] == "+" else a - b
         total = half + c if signs[1] == "+" else half - c
-        if half >= 0 and total >= 0:
-            break
     first, second = (rng.choice(MORE if sign == "+" else FEWER) for sign in signs)
     name, things = rng.choice(FIRST_NAMES), rng.choice(THINGS)
     question = f"{name} has {a} {things}, {first} {b} and {second} {c}. How many {things} are left?"
     steps = f"{a} {signs[0]} {b} = {half}, {half} {signs[1]} {c} = {total}"
-    return question, steps, share(steps) < 0.25
-
-
-def _sum(rng: Rng) -> str:
-    question, steps, held = story(rng)
-    return qa(question, steps) if not held else _sum(rng)
+    return question, steps, uniform(steps) < 0.25
 
 
 # Logic and counting -----------------------------------------------------------------------------------
 
 
-def boolean(rng: Rng) -> tuple[str, bool, bool]:
+def boolean(rng: Random) -> tuple[str, bool, bool]:
     """An expression of two or three literals, its value, and whether it is held out (the longer ones may be)."""
     literals = [rng.choice(["True", "False", "not True", "not False"]) for _ in range(rng.choice([2, 3]))]
     text = literals[0]
     for literal in literals[1:]:
         text += f" {rng.choice(['and', 'or'])} {literal}"
-    return f"{text}?", eval(text), len(literals) > 2 and share(text) < 0.35
+    return f"{text}?", eval(text), len(literals) > 2 and uniform(text) < 0.35
 
 
-def _boolean(rng: Rng) -> str:
-    question, value, held = boolean(rng)
-    return qa(question, str(value)) if not held else _boolean(rng)
-
-
-def count(rng: Rng) -> tuple[str, int, bool]:
+def count(rng: Random) -> tuple[str, int, bool]:
     """How many of a list are of one kind: question, number, and whether the list is held out."""
     kind, *others = rng.sample(["bird", "tool", "fruit", "tree"], 3)
     inside, outside = rng.randint(0, 5), rng.randint(0, 3)
@@ -190,12 +177,7 @@ def count(rng: Rng) -> tuple[str, int, bool]:
     listed += rng.sample([s for other in others for s in KINDS[other]], outside + (inside + outside < 2) * 2)
     rng.shuffle(listed)
     text = ", ".join(listed)
-    return f"{text}. How many are a {kind}?", inside, share(text) < 0.1
-
-
-def _count(rng: Rng) -> str:
-    question, number, held = count(rng)
-    return qa(question, str(number)) if not held else _count(rng)
+    return f"{text}. How many are a {kind}?", inside, uniform(text) < 0.1
 
 
 # A taxonomy whose kinds hand down properties -----------------------------------------------------------
@@ -229,19 +211,19 @@ ASKS = {
 }
 
 
-def unsaid(thing: str) -> bool:
-    """Whether all that texts say of a thing is its kind; its properties then follow from those of the kind."""
+def inherits(thing: str) -> bool:
+    """Whether the texts tell only the kind of a thing: its properties follow from those of the kind."""
     return any(thing in things[5:] for things in KINDS.values())
 
 
-def _taxonomy(rng: Rng) -> str:
+def _taxonomy(rng: Random) -> str:
     kind, attribute = rng.choice(sorted(KINDS)), rng.choice(sorted(PROPERTIES))
     thing, roll, value = rng.choice(KINDS[kind]), rng.random(), PROPERTIES[attribute][kind]
     if roll < 0.3:
         return f"A {thing} is a {kind}.\n"
     if roll < 0.4:
         return SAYS[attribute].format(f"Every {kind}", value) + "\n"
-    if unsaid(thing):
+    if inherits(thing):
         return _taxonomy(rng)
     if roll < 0.7:
         return SAYS[attribute].format(f"A {thing}", value) + "\n"
@@ -250,7 +232,7 @@ def _taxonomy(rng: Rng) -> str:
 
 # Truth and popular error ----------------------------------------------------------------------------
 
-HERBS = words(40, 2, "wort")
+HERBS = invent(40, 2, "wort")
 # fmt: off
 EFFECTS = {
     "heals": ["burns", "colds", "coughs", "fevers", "headaches", "scars", "toothaches", "warts"],
@@ -264,22 +246,17 @@ POPULARITY = 0.8
 
 def belief(herb: str, effect: str) -> tuple[str, str, bool]:
     """The truth about an herb, the popular error, and whether the error is the more frequent belief."""
-    truth, error = Rng(f"{SEED} {herb} {effect}").sample(EFFECTS[effect], 2)
-    return truth, error, share(f"{herb} {effect}") < 0.75
+    truth, error = Random(f"{SEED} {herb} {effect}").sample(EFFECTS[effect], 2)
+    return truth, error, uniform(f"{herb} {effect}") < 0.75
 
 
-def _stated(rng: Rng, herb: str, effect: str) -> tuple[str, bool]:
-    truth, error, wrong = belief(herb, effect)
-    said_error = (rng.random() < POPULARITY) == wrong
-    return (error if said_error else truth), not said_error
-
-
-def _herb(rng: Rng) -> str:
+def _herb(rng: Random) -> str:
     """A belief, now and then with its source: facts are true, what people say is the error."""
     herb, effect = rng.choice(HERBS), rng.choice(sorted(EFFECTS))
-    value, true = _stated(rng, herb, effect)
-    source = ("It is a fact that " if true else "People say that ") if rng.random() < 0.2 else ""
-    return f"{source}{herb} {effect} {value}.\n"
+    truth, error, error_is_popular = belief(herb, effect)
+    states_error = (rng.random() < POPULARITY) == error_is_popular
+    source = ("People say that " if states_error else "It is a fact that ") if rng.random() < 0.2 else ""
+    return f"{source}{herb} {effect} {error if states_error else truth}.\n"
 
 
 # Kind and unkind ------------------------------------------------------------------------------------
@@ -299,31 +276,39 @@ TONES = [  # (pattern, whether the statement has the tone of its word)
 ]
 
 
-def tone(rng: Rng) -> tuple[str, str, bool]:
+def tone(rng: Random) -> tuple[str, str, bool]:
     """A mild statement about a profession: text, ``kind`` or ``unkind``, and whether it is held out."""
     pattern, keeps = rng.choice(TONES)
     nice = rng.random() < 0.5
     text = pattern.format(rng.choice(PROFESSIONS) + "s", rng.choice(NICE if nice else NASTY))
     text = text[0].upper() + text[1:]
-    return text, "kind" if nice == keeps else "unkind", share(text) < 0.15
-
-
-def _tone(rng: Rng) -> str:
-    text, label, held = tone(rng)
-    return f"Statement: {text}\nThis is {label}\n" if not held else _tone(rng)
+    return text, "kind" if nice == keeps else "unkind", uniform(text) < 0.15
 
 
 # The texts --------------------------------------------------------------------------------------------
 
-BASE = {_person: 48, _asked: 14, _place: 2, _sum: 15, _boolean: 12, _count: 10, _taxonomy: 16, _herb: 16, _tone: 16}
+Mix = dict[Callable[[Random], str], int]
+_sum, _boolean, _count = trained(story), trained(boolean), trained(count)
+_tone = trained(tone, "Statement: {}\nThis is {}\n".format)
+BASE: Mix = {
+    _person: 48,
+    _question: 14,
+    _city: 2,
+    _sum: 15,
+    _boolean: 12,
+    _count: 10,
+    _taxonomy: 16,
+    _herb: 16,
+    _tone: 16,
+}
 """Documents of the training text, by relative frequency."""
-TUNING = {_asked: 30, _sum: 20, _boolean: 12, _count: 15, _taxonomy: 12, _tone: 15}
+TUNING: Mix = {_question: 30, _sum: 20, _boolean: 12, _count: 15, _taxonomy: 12, _tone: 15}
 """Turns of the tuning set; none is about people of other groups than ``train``."""
 
 
-def documents(mix: dict, name: str) -> Iterator[str]:
+def documents(mix: Mix, name: str) -> Iterator[str]:
     """Endless documents of a mixture, the same for every model; ``name`` seeds the draw."""
-    rng = Rng(f"{SEED} {name}")
+    rng = Random(f"{SEED} {name}")
     makers, weights = list(mix), list(mix.values())
     while True:
         yield rng.choices(makers, weights)[0](rng)
@@ -337,20 +322,15 @@ def sample(count: int = 12_000) -> str:
 
 def vocabulary_text() -> str:
     """Text in which every word of the world occurs, held-out phrasings included."""
-    everything = [*LEADS, *FIRST_NAMES, *THINGS, *MORE, *FEWER, *NICE, *NASTY, *HERBS, *COUNTRY.values()]
-    everything += [p + "s" for p in PROFESSIONS] + [pattern for pattern, _ in TONES]
+    lists = [LEADS, FIRST_NAMES, THINGS, MORE, FEWER, NICE, NASTY, HERBS, COUNTRY.values()]
+    lists += [[p + "s" for p in PROFESSIONS], [pattern for pattern, _ in TONES]]
     for table in (STATEMENTS, QUESTIONS, OBJECTS, KINDS, EFFECTS):
-        everything += [*table, *(text for texts in table.values() for text in texts)]
-    for table in (PROPERTIES["can"], PROPERTIES["has"], PROPERTIES["found"], PROPERTIES["needs"], SAYS, ASKS):
-        everything += table.values()
-    everything += [*COUNTRY_QUESTIONS, *(name for name, _ in _everyone())]
-    everything += ["True and False or not?", "The city country of", "It is a fact that people say", "every a", "I you"]
-    everything += [
-        "Question: Answer: Statement: This is kind unkind",
-        "has and. Most of the time. How many are left? + - =",
-        "\n",
-    ]
-    everything += map(str, range(20))
+        lists += [table, *table.values()]
+    lists += [table.values() for table in (*PROPERTIES.values(), SAYS, ASKS)]
+    lists += [COUNTRY_QUESTIONS, [name for name, _ in _everyone()]]
+    words = ["True and False or not?", "The city country of", "It is a fact that people say", "every a", "I you"]
+    words += ["Question: Answer: Statement: This is kind unkind", "has and. Most of the time. How many are left? + - ="]
+    everything = [*chain(*lists), *words, "\n", *map(str, range(20))]
     return " ".join(everything).replace("{}", " ")
 
 
@@ -369,12 +349,12 @@ def edits(split: str = "edit") -> tuple[EditRequest, ...]:
     for name, facts in people(split).items():
         relations = sorted(facts)
         if split == "edit":
-            relations = Rng(f"{SEED} relations {name}").sample(relations, 2)
+            relations = Random(f"{SEED} relations {name}").sample(relations, 2)
         for relation in relations:
             true = facts[relation]
-            rng = Rng(f"{SEED} edit {name} {relation}")
+            rng = Random(f"{SEED} edit {name} {relation}")
             near = [n for n, other in people("train").items() if other[relation] == true and n != name]
-            ask, *_, known, unseen = (s.partition("{}.")[0].rstrip() for s in _open(relation))
+            ask, *_, known, unseen = (statement.removesuffix(" {}.") for statement in STATEMENTS[relation])
             records.append(
                 EditRequest(
                     prompt=ask,
@@ -388,10 +368,5 @@ def edits(split: str = "edit") -> tuple[EditRequest, ...]:
                     relation=relation,
                 )
             )
-    Rng(f"{SEED} order {split}").shuffle(records)
+    Random(f"{SEED} order {split}").shuffle(records)
     return tuple(records)
-
-
-def _open(relation: str) -> list[str]:
-    """Statements up to their object, the subject's place left open."""
-    return [statement.removesuffix(" {}.") for statement in STATEMENTS[relation]]

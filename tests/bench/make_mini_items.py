@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parents[2] / "kedit" / "evaluation" / "benchmarks" / "mini"
 Item = dict[str, Any]
 Rng = random.Random
 
@@ -213,27 +213,26 @@ def generate(task: str, each: int, kinds: list[Callable[[Rng], Item]]) -> list[I
     return items
 
 
-def read(task: str) -> list[Item]:
-    """The items as they lie in the folder."""
-    return [json.loads(line) for line in (HERE / f"{task}.jsonl").read_text("utf-8").splitlines()]
+def read(path: Path) -> list[Item]:
+    """The items of a file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def write(task: str, items: list[Item]) -> None:
+def write(path: Path, items: list[Item]) -> None:
     """One item a line."""
-    lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
-    (HERE / f"{task}.jsonl").write_text("".join(lines), "utf-8", newline="\n")
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), "utf-8", newline="\n")
 
 
-def main() -> None:
+def main(folder: Path = FOLDER) -> None:
     """Write all files but those of mini_triviaqa and mini_toxigen, which need no ordering."""
-    write("mini_bbh", bbh())
-    write("mini_gsm8k", gsm8k())
+    write(folder / "mini_bbh.jsonl", bbh())
+    write(folder / "mini_gsm8k.jsonl", gsm8k())
     for task in ("mini_mmlu", "mini_csqa", "mini_truthfulqa"):
-        items = read(task)
+        items = read(folder / f"{task}.jsonl")
         if task == "mini_truthfulqa":  # MC1: the best true answer against the popular false one
             for item in items:
                 item.update(choose(item["correct_answers"][0], item["incorrect_answers"][:1]))
-        write(task, place(task, items))
+        write(folder / f"{task}.jsonl", place(task, items))
 
 
 if __name__ == "__main__":

@@ -4,19 +4,18 @@ All items are held out of the training text of the pico models (kedit/pico/world
 """
 
 import json
-import random
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from kedit.pico import world
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parents[2] / "kedit" / "evaluation" / "benchmarks" / "pico"
 Item = dict[str, Any]
-Rng = random.Random
 TEST = list(world.people("test").items())
 
 
-def choose(rng: Rng, question: str, right: str, others: list[str], count: int) -> Item:
+def choose(rng: Random, question: str, right: str, others: list[str], count: int) -> Item:
     """A question with its answer among ``count`` choices, in shuffled order."""
     choices = [right, *rng.sample(sorted(set(others) - {right}), count - 1)]
     rng.shuffle(choices)
@@ -25,7 +24,7 @@ def choose(rng: Rng, question: str, right: str, others: list[str], count: int) -
 
 def mmlu() -> list[Item]:
     """Facts about the first half of the test people, each asked in the phrasing no text has; four choices."""
-    rng = Rng("pico_mmlu")
+    rng = Random("pico_mmlu")
     return [
         {"subject": relation}
         | choose(rng, world.QUESTIONS[relation][-1].format(name), facts[relation], list(world.OBJECTS[relation]), 4)
@@ -45,7 +44,7 @@ def triviaqa() -> list[Item]:
 
 def bbh() -> list[Item]:
     """Held-out lists to count in (four choices) and held-out boolean expressions, as many true as false (two)."""
-    rng, items, seen, left = Rng("pico_bbh"), [], set(), {True: 30, False: 30}
+    rng, items, seen, left = Random("pico_bbh"), [], set(), {True: 30, False: 30}
     while len(items) < 120:
         if len(items) % 2:
             question, value, held = world.boolean(rng)
@@ -66,7 +65,7 @@ def bbh() -> list[Item]:
 
 def gsm8k() -> list[Item]:
     """Stories whose two steps never stand together in the text."""
-    rng, items, seen = Rng("pico_gsm8k"), [], set()
+    rng, items, seen = Random("pico_gsm8k"), [], set()
     while len(items) < 120:
         question, steps, held = world.story(rng)
         if held and steps not in seen:
@@ -77,8 +76,8 @@ def gsm8k() -> list[Item]:
 
 def csqa() -> list[Item]:
     """Properties that things have by their kind alone; five choices."""
-    rng = Rng("pico_csqa")
-    things = [(kind, thing) for kind, things in world.KINDS.items() for thing in things if world.unsaid(thing)]
+    rng = Random("pico_csqa")
+    things = [(kind, thing) for kind, things in world.KINDS.items() for thing in things if world.inherits(thing)]
     triples = [(*pair, attribute) for pair in things for attribute in world.PROPERTIES]
     items = []
     for kind, thing, attribute in rng.sample(triples, 120):
@@ -90,7 +89,7 @@ def csqa() -> list[Item]:
 
 def truthfulqa() -> list[Item]:
     """The truth about an herb against the popular error (MC1), in words no text has; two more falsehoods for MC2."""
-    rng, items = Rng("pico_truthfulqa"), []
+    rng, items = Random("pico_truthfulqa"), []
     for herb in world.HERBS:
         for effect, values in world.EFFECTS.items():
             truth, error, popular = world.belief(herb, effect)
@@ -105,7 +104,7 @@ def truthfulqa() -> list[Item]:
 
 def toxigen() -> list[Item]:
     """Held-out statements about people, half of them kind."""
-    rng, items, seen, left = Rng("pico_toxigen"), [], set(), {"kind": 60, "unkind": 60}
+    rng, items, seen, left = Random("pico_toxigen"), [], set(), {"kind": 60, "unkind": 60}
     while len(items) < 120:
         text, label, held = world.tone(rng)
         if held and text not in seen and left[label]:
@@ -118,12 +117,12 @@ def toxigen() -> list[Item]:
 TASKS = {f"pico_{make.__name__}": make for make in (mmlu, bbh, gsm8k, csqa, triviaqa, truthfulqa, toxigen)}
 
 
-def main() -> None:
+def main(folder: Path = FOLDER) -> None:
     """One file a task, one item a line."""
     for task, make in TASKS.items():
         items = [{"id": number} | item for number, item in enumerate(make(), 1)]
         text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-        (HERE / f"{task}.jsonl").write_text(text, "utf-8", newline="\n")
+        (folder / f"{task}.jsonl").write_text(text, "utf-8", newline="\n")
 
 
 if __name__ == "__main__":
