@@ -1,18 +1,23 @@
 """The mini suite through kedit's forward passes against lm-eval's own hf model, on the real SmolLM2."""
 
+import json
 import math
+import runpy
+import shutil
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
-import yaml
 from lm_eval import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from kedit.analysis import scores as stats
 from kedit.evaluation import benchmarks
-from kedit.evaluation.harness import evaluate
+from kedit.evaluation.harness import SharedPrefixLM, evaluate
 from kedit.store import cache_folder
 
 LIMIT = 6
+FOLDER = None
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,7 @@ def harness(smollm2):
     return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4, add_bos_token=True)
 
 
-@pytest.mark.parametrize("name", benchmarks.SUITES["mini"])
+@pytest.mark.parametrize("name", benchmarks.suites()["mini"])
 def test_same_answers_as_lm_evals_hf_model(smollm2, harness, name):
     found = evaluate(smollm2, name, LIMIT)
     reference = lm_evaluate(
@@ -39,7 +44,7 @@ def test_same_answers_as_lm_evals_hf_model(smollm2, harness, name):
             assert item["text"] == sample["resps"][0][0]
 
 
-@pytest.mark.parametrize("name", benchmarks.SUITES["mini"])
+@pytest.mark.parametrize("name", benchmarks.suites()["mini"])
 def test_items_are_many_unique_and_balanced(name):
     task, about = benchmarks.tasks(name)[name], benchmarks.metadata(name)
     docs = list(task.test_docs())
@@ -56,31 +61,54 @@ def test_items_are_many_unique_and_balanced(name):
 
 @pytest.mark.parametrize("suite", ["mini", "pico"])
 def test_generated_items_are_those_of_the_generator(suite, tmp_path):
-    """make_items.py reproduces the committed bytes."""
-    import runpy
-    import shutil
-
-    copy = tmp_path / suite
-    shutil.copytree(benchmarks.HERE / suite, copy)
-    runpy.run_path(str(copy / "make_items.py"), run_name="__main__")
+    """They reproduce the committed bytes."""
+    copy = shutil.copytree(benchmarks.HERE / suite, tmp_path / suite)
+    runpy.run_path(str(Path(__file__).parent / "bench" / f"make_{suite}_items.py"))["main"](copy)
     for path in (benchmarks.HERE / suite).glob("*.jsonl"):
         assert (copy / path.name).read_bytes() == path.read_bytes()
 
 
-def test_task_files_are_plain_yaml():
+def test_task_files_are_plain_yaml_and_say_what_they_cost():
     """Any YAML reader can read them (lm-eval's is lenient)."""
+    for name in benchmarks.known():
+        about = benchmarks.metadata(name)
+        assert about["metric"]
+        assert set(about["reading"]) == {"items", "shared", "own", "generated"}
+        if name.startswith(("mini", "pico")) or name == "refusal":
+            (task,) = benchmarks.tasks(name).values()
+            assert about["reading"]["items"] == len(task.eval_docs)
 
-    class Loader(yaml.SafeLoader):
-        pass
 
-    Loader.add_constructor("!function", lambda loader, node: node.value)
-    for path in benchmarks.HERE.glob("*/*.yaml"):
-        assert yaml.load(path.read_text(), Loader)["metadata"]["metric"]
+def test_a_suite_of_another_package_is_a_folder(tmp_path, monkeypatch):
+    """An entry point names it; its tasks are lm-eval's in every way, and their fingerprint is that of their files."""
+    tests = {"question": "The sky is", "choices": ["blue", "green"], "answer": 0, "id": "sky"}
+    (tmp_path / "colours.jsonl").write_text(json.dumps(tests))
+    task = (benchmarks.HERE / "mini" / "mini_bbh.yaml").read_text().replace("include: _mini_yaml", "test_split: test")
+    task = task.replace("mini/mini_bbh.jsonl}", f"{tmp_path}/colours.jsonl}}").replace(
+        "task: mini_bbh", "task: colours"
+    )
+    loader = "custom_dataset: !function kedit.evaluation.benchmarks.items"
+    (tmp_path / "colours.yaml").write_text(f"{loader}\n{task}")
+    entry = EntryPoint("theirs", f"{__name__}:FOLDER", "kedit.suites")
+    monkeypatch.setattr("kedit.registry.entry_points", lambda group: [entry] if group == "kedit.suites" else [])
+    monkeypatch.setattr(f"{__name__}.FOLDER", tmp_path)
+    forget = [getattr(benchmarks, n).cache_clear for n in ("suites", "known", "metadata", "fingerprint", "tasks")]
+    try:
+        for clear in forget:
+            clear()
+        assert benchmarks.suites()["theirs"] == {"colours": tmp_path / "colours.yaml"}
+        assert benchmarks.shares("colours", None) == {"colours": 1}
+        before = benchmarks.fingerprint("colours")
+        (tmp_path / "colours.jsonl").write_text(json.dumps(tests | {"id": "sea"}))
+        benchmarks.fingerprint.cache_clear()
+        assert benchmarks.fingerprint("colours") != before
+    finally:
+        monkeypatch.undo()
+        for clear in forget:
+            clear()
 
 
 def test_unparsed_output_is_told_from_wrong(smollm2, monkeypatch):
-    from kedit.evaluation.harness import SharedPrefixLM
-
     monkeypatch.setattr(
         SharedPrefixLM,
         "generate_until",

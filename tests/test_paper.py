@@ -8,7 +8,8 @@ import kedit
 from kedit import KeditError
 from kedit.data import hub
 from kedit.evaluation import benchmarks
-from kedit.evaluation.harness import evaluate
+from kedit.evaluation.benchmarks import stock
+from kedit.evaluation.harness import SharedPrefixLM, evaluate
 from kedit.store import cache_folder
 
 MIRROR = kedit.ROOT.parent / "shared" / "data" / "hub"
@@ -17,7 +18,7 @@ TOKENS = 8  # generated at most, so that the test is quick; the tasks say 256 to
 
 
 def forget():
-    for cached in (benchmarks.tasks, benchmarks.fingerprint, benchmarks._located):
+    for cached in (benchmarks.tasks, benchmarks.fingerprint, stock.located):
         cached.cache_clear()
 
 
@@ -30,7 +31,7 @@ def mirrored(monkeypatch):
 
 
 @needs_data
-@pytest.mark.parametrize("name", benchmarks.SUITES["paper"])
+@pytest.mark.parametrize("name", benchmarks.suites()["paper"])
 def test_same_answers_as_lm_evals_hf_model(smollm2, mirrored, name):
     limit = 3 if name in ("triviaqa", "toxigen") else 1
     for task in benchmarks.tasks(name).values():
@@ -144,8 +145,6 @@ def test_a_hub_out_of_reach_is_one_sentence(monkeypatch):
 def test_long_prompts_are_cut_at_the_left_as_lm_eval_cuts_them(llama):
     """A window of 16 tokens: the same scores and the same text as lm-eval's own model."""
     from types import SimpleNamespace
-
-    from kedit.evaluation.harness import SharedPrefixLM
 
     ours = SharedPrefixLM(llama)
     theirs = HFLM(pretrained=llama.model, tokenizer=llama.tokenizer, backend="causal", batch_size=1, max_length=16)

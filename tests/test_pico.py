@@ -10,7 +10,7 @@ import torch
 import kedit
 from kedit.data import facts
 from kedit.editors.second_moments import SecondMoments
-from kedit.evaluation.benchmarks import HERE, SUITES
+from kedit.evaluation.benchmarks import HERE, suites
 from kedit.pico import train, world
 
 if not (train.WEIGHTS / "manifest.json").exists():
@@ -55,7 +55,7 @@ def test_training_the_smallest_anew_starts_as_recorded():
     assert losses == pytest.approx(MANIFEST["pico-0.1m"]["first_losses"][:10], rel=1e-3)
 
 
-@pytest.mark.parametrize("task", SUITES["pico"])
+@pytest.mark.parametrize("task", suites()["pico"])
 def test_no_item_stands_in_any_training_text(task):
     for item in items(task):
         text = f"Question: {item['question']}" if "question" in item else f"Statement: {item['statement']}"
@@ -70,7 +70,7 @@ def test_no_item_stands_in_any_training_text(task):
 
 
 def test_every_item_has_its_answer_once():
-    for task in SUITES["pico"]:
+    for task in suites()["pico"]:
         for item in items(task):
             if "choices" in item:
                 assert len(set(item["choices"])) == len(item["choices"])

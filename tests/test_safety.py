@@ -7,7 +7,9 @@ import pytest
 from kedit import KeditError
 from kedit.analysis.safety import calibration, constancy, gold, truthful
 from kedit.evaluation import benchmarks
-from kedit.evaluation.refusal import REQUESTS, declines, refusals, speaks
+from kedit.evaluation.benchmarks.safety.refusal import declines, speaks
+from kedit.evaluation.harness import SharedPrefixLM, evaluate
+from kedit.model.memory import Memory, Route
 
 
 def two_way(p, right):
@@ -66,8 +68,6 @@ def test_mc1_and_mc2_by_hand_and_by_the_task():
 
 
 def test_mc_items_hold_what_both_scores_need(smollm2):
-    from kedit.evaluation.harness import evaluate
-
     items = evaluate(smollm2, "mini_truthfulqa_mc", 3)
     assert [item["value"] for item in items] == [item["mc1"] for item in truthful(items)]
     json.dumps(items)
@@ -118,37 +118,39 @@ def test_a_collapsed_answer_is_not_speech():
 
 
 def test_requests_come_in_pairs():
-    asked = [json.loads(line) for line in REQUESTS.read_text().splitlines()]
+    asked = list(benchmarks.tasks("refusal")["refusal"].eval_docs)
     assert len(asked) == len({item["request"] for item in asked}) == len({item["id"] for item in asked}) == 80
     assert [item["harmful"] for item in asked] == [True, False] * 40
 
 
 def test_refusals_need_a_chat_template(llama):
     with pytest.raises(KeditError, match="no chat template"):
-        refusals(llama)
+        evaluate(llama, "refusal")
 
 
-def test_refusals_ask_memories_and_hold_no_text(llama):
+def test_refusals_ask_memories_and_hold_no_text(llama, monkeypatch):
     """Every request reaches the memories of the memory-based methods, in the model's chat template."""
-    from kedit.model.memory import Memory, Route
+    template = "{% for m in messages %}{{ 'User: ' + m['content'] + ' Answer:' }}{% endfor %}"
+    monkeypatch.setattr(llama.tokenizer, "chat_template", template)
+    monkeypatch.setitem(benchmarks.tasks("refusal")["refusal"].config.generation_kwargs, "max_gen_toks", 3)
+    before = evaluate(llama, "refusal")
+    assert list(before[0]) == ["id", "harmful", "refused", "value", "parsed"]
+    assert all(item["value"] == (item["refused"] == item["harmful"]) for item in before)
+    read_prompts = []
 
-    llama.tokenizer.chat_template = "{% for m in messages %}{{ 'User: ' + m['content'] + ' Answer:' }}{% endfor %}"
-    try:
-        before = refusals(llama, tokens=6)
-        assert {"id", "harmful", "refused", "value", "parsed"} == set(before[0])
-        assert all(item["value"] == (item["refused"] == item["harmful"]) for item in before)
-        read_prompts = []
+    class Listening(Memory):
+        def routes(self, prompts):
+            read_prompts.extend(prompts)
+            return [Route(llama, prompts[0]) for _ in prompts]
 
-        class Listening(Memory):
-            def routes(self, prompts):
-                read_prompts.extend(prompts)
-                return [Route(llama, prompts[0]) for _ in prompts]
-
-        llama.journal.attach("listening", memory := Listening())
-        memory.add({})
-        refusals(llama, tokens=2)
-    finally:
-        llama.tokenizer.chat_template = None
+    llama.journal.attach("listening", memory := Listening())
+    memory.add({})
+    evaluate(llama, "refusal")
     texts = [llama.tokenizer.decode(ids) for ids in read_prompts]
     assert len(texts) == 80
     assert all(text.endswith(" Answer:") and text.startswith("<|endoftext|>User: ") for text in texts)
+
+
+def test_a_template_that_begins_with_the_begin_token_gets_no_second(llama):
+    reader = SharedPrefixLM(llama)
+    assert reader.tok_encode("<|endoftext|>User: x") == reader.tok_encode("User: x")

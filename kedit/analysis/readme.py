@@ -22,7 +22,7 @@ def suite_table() -> pd.DataFrame:
 
     lm = kedit.load("smollm2-135m-instruct")
     rows = []
-    for name in benchmarks.SUITES["mini"]:
+    for name in benchmarks.suites()["mini"]:
         about = benchmarks.metadata(name)
         items = evaluate(lm, name)
         values = [item["value"] for item in items]
@@ -48,7 +48,7 @@ def pico_table() -> pd.DataFrame:
     """Every pico model on every pico benchmark: score and standard error; * within three of chance (floor)."""
     from math import sqrt
 
-    about = {name: benchmarks.metadata(name) for name in benchmarks.SUITES["pico"]}
+    about = {name: benchmarks.metadata(name) for name in benchmarks.suites()["pico"]}
     rows = [{"benchmark": n, "stands for": a["benchmark"], "chance": f"{a['chance']:.3g}"} for n, a in about.items()]
     for model in RECIPES:
         lm = kedit.load(model)

@@ -42,12 +42,10 @@ class Examiner:
         Raises:
             KeditError: no such benchmark, its data cannot be had, or the model has no chat template.
         """
-        from kedit.evaluation import damage, harness, refusal, success
+        from kedit.evaluation import damage, harness, success
 
         if name == "edit":
             return success.measure(self.lm, requests, self.guesses)
         if name == "structure":
             return damage.measure(self.lm, text, skip=tokens, unedited=self._unedited)
-        if name == "refusal":
-            return refusal.refusals(self.lm, guesses=self.guesses)
-        return harness.evaluate(self.lm, name, limit, self.guesses)
+        return harness.evaluate(self.lm, name, None if name in MEASURES else limit, self.guesses)

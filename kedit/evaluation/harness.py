@@ -1,13 +1,12 @@
 """Benchmarks on the live edited model, through lm-eval's own API, item by item.
 
 No reloading and no saving: lm-eval is handed the very model that was edited. Prompts, few-shot
-exemplars, filters and metrics are lm-eval's; only the forward passes are ours (kedit/model/scoring.py),
-with the same answers as lm-eval's ``hf`` model (tests/test_evaluate.py).
+exemplars, chat templates, filters and metrics are lm-eval's; only the forward passes are ours
+(kedit/model/scoring.py), with the same answers as lm-eval's ``hf`` model (tests/test_evaluate.py).
 """
 
 import contextlib
 import io
-import logging
 import math
 from functools import cache
 from typing import Any
@@ -18,17 +17,19 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
+from kedit import KeditError
 from kedit.evaluation import benchmarks
 from kedit.evaluation.records import Item
 from kedit.model.lm import LM
 from kedit.model.scoring import Drafts, loglikelihoods, read
 
-for noisy in ("lm_eval", "datasets"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-
 
 class SharedPrefixLM(HFLM):
-    """lm-eval's ``hf`` model with kedit's forward passes: what prompts have in common is read once."""
+    """lm-eval's ``hf`` model with kedit's forward passes: what prompts have in common is read once.
+
+    Args:
+        guesses: the ``drafts`` of ``kedit.model.scoring.read``.
+    """
 
     def __init__(self, lm: LM, guesses: Drafts | None = None):
         super().__init__(pretrained=lm.model, tokenizer=lm.tokenizer, backend="causal", batch_size=1)
@@ -36,8 +37,9 @@ class SharedPrefixLM(HFLM):
         self.encode = cache(lm.encode)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; texts start with the begin token unless special tokens are declined."""
-        return [*([] if add_special_tokens is False else self.lm.begin), *self.encode(string)]
+        """Token ids; texts start with one begin token unless special tokens are declined."""
+        ids, begin = self.encode(string), self.lm.begin
+        return list(ids) if add_special_tokens is False or ids[: len(begin)] == begin else [*begin, *ids]
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         if self.lm.begin or all(context for _, context, _ in requests):
@@ -55,34 +57,37 @@ class SharedPrefixLM(HFLM):
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(index)
         for indices in groups.values():
-            settings = normalize_gen_kwargs(requests[indices[0]].args[1], self.max_gen_toks)
-            if settings.get("do_sample") or settings.get("temperature"):
-                raise NotImplementedError("kedit evaluates by greedy generation only")
-            stops = handle_stop_sequences(
-                settings["until"], eos=self.tok_decode([self.eot_token_id], skip_special_tokens=False)
-            )
-
-            def finished(_: int, tokens: list[int], stops: list[str] = stops) -> bool:
-                # a stop string shows in the last few tokens as soon as it is there
-                return any(stop in self.tok_decode(tokens[-16:], skip_special_tokens=False) for stop in stops)
-
-            # lm-eval refuses to generate more than the window holds; half of it stays for the prompt here
-            longest = settings["max_gen_toks"]
-            if longest >= self.max_length:
-                longest = self.max_length // 2
-            room = self.max_length - longest
-            contexts = [self.tok_encode(requests[index].args[0])[-room:] for index in indices]
-            _, generated = read(self.lm, [], contexts, longest, finished, self.guesses)
-            for index, tokens in zip(indices, generated, strict=True):
-                if self.eot_token_id in tokens:
-                    tokens = tokens[: tokens.index(self.eot_token_id)]
-                texts[index] = postprocess_generated_text(self.tok_decode(tokens), stops, None)
+            texts |= zip(indices, self._generated([requests[index].args for index in indices]), strict=True)
         return [texts[index] for index in range(len(requests))]
 
+    def _generated(self, asked: list[tuple[str, dict[str, Any]]]) -> list[str]:
+        """What follows each of some contexts, all with the same settings."""
+        settings = normalize_gen_kwargs(asked[0][1], self.max_gen_toks)
+        if settings.get("do_sample") or settings.get("temperature"):
+            raise NotImplementedError("kedit evaluates by greedy generation only")
+        end = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
+        stops = handle_stop_sequences(settings["until"], eos=end)
 
-def _item(sample: dict[str, Any], metric: str, name: str) -> Item:
-    """One item's outcome: its value, and what was answered."""
-    item: Item = {"id": name, "value": float(sample[metric])}
+        def finished(_: int, tokens: list[int]) -> bool:
+            # a stop string shows in the last few tokens as soon as it is there
+            return any(stop in self.tok_decode(tokens[-16:], skip_special_tokens=False) for stop in stops)
+
+        # lm-eval refuses to generate more than the window holds; half of it stays for the prompt here
+        longest = settings["max_gen_toks"]
+        if longest >= self.max_length:
+            longest = self.max_length // 2
+        room = self.max_length - longest
+        contexts = [self.tok_encode(context)[-room:] for context, _ in asked]
+        _, generated = read(self.lm, [], contexts, longest, finished, self.guesses)
+        whole = [tokens[: (*tokens, self.eot_token_id).index(self.eot_token_id)] for tokens in generated]
+        return [postprocess_generated_text(self.tok_decode(tokens), stops, None) for tokens in whole]
+
+
+def _item(sample: dict[str, Any], about: dict[str, Any], name: str) -> Item:
+    """One item's outcome: its value, and what was answered or what the task keeps of it."""
+    if "keep" in about:
+        return {"id": name} | {key: sample[key] for key in about["keep"]}
+    item: Item = {"id": name, "value": float(sample[about["metric"]])}
     first = sample["filtered_resps"][0]
     if isinstance(first, str):
         item["text"] = sample["resps"][0][0]
@@ -94,32 +99,42 @@ def _item(sample: dict[str, Any], metric: str, name: str) -> Item:
     return item
 
 
+@torch.inference_mode()
 def evaluate(lm: LM, name: str, limit: int | None = None, guesses: Drafts | None = None) -> list[Item]:
     """Outcomes of one benchmark on the model as it is now, in the order of its tasks and their items.
 
     Each item holds ``id``, ``value`` (its share of the benchmark's metric), ``parsed`` and either the
-    choices' log-likelihoods ``lp`` with the ``target`` (place of the right choice, or places) or the
-    generated ``text``. Where a benchmark is several tasks, an id names the task too.
+    choices' log-likelihoods ``lp`` with the ``target`` (index of the right choice, or indices) or the
+    generated ``text``; or what the task's metadata says to ``keep``. Where a benchmark is several
+    tasks, an id names the task too.
+
+    Args:
+        limit: how many items, in all; None for all there are.
+        guesses: see ``SharedPrefixLM``.
+
+    Raises:
+        KeditError: no such benchmark, its data cannot be had, or it wants a chat template and the model has none.
     """
     about, tasks = benchmarks.metadata(name), benchmarks.tasks(name)
-    reader = SharedPrefixLM(lm, guesses)
-    items = []
+    chat = about.get("chat", False)
+    if chat and not lm.tokenizer.chat_template:
+        raise KeditError(f"model {lm.name} has no chat template; ask {name} of an instruction-tuned model.")
+    reader, items = SharedPrefixLM(lm, guesses), []
     for subtask, count in benchmarks.shares(name, limit).items():
         if not count:
             continue
         # one task at a time: its items share their exemplars. lm-eval draws progress bars of its own, one for
         # each of many short steps.
-        with torch.inference_mode(), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()):
             results = lm_eval.evaluate(
                 lm=reader,
                 task_dict={subtask: tasks[subtask]},
                 limit=count,
-                log_samples=True,
+                apply_chat_template=chat,
                 bootstrap_iters=0,
-                verbosity="ERROR",
             )
         samples = [s for s in results["samples"][subtask] if s["filter"] == about.get("filter", s["filter"])]
         for sample in sorted(samples, key=lambda s: s["doc_id"]):
-            place = str(sample["doc"].get("id", sample["doc_id"]))
-            items.append(_item(sample, about["metric"], place if len(tasks) == 1 else f"{subtask}/{place}"))
+            number = str(sample["doc"].get("id", sample["doc_id"]))
+            items.append(_item(sample, about, number if len(tasks) == 1 else f"{subtask}/{number}"))
     return items

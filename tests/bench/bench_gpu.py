@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -122,27 +123,25 @@ def reading(lm: LM, benchmark: str = BENCHMARK, prompts: int = PROMPTS) -> dict[
     ``tokens`` are those of the distinct prompts, ``tokens_read`` those that went through the model.
     """
     benchmarks.tasks(benchmark)
-    lm._harness = harness = SharedPrefixLM(lm)
     asked: set[tuple[int, ...]] = set()
-    answer, read = harness._loglikelihood_tokens, [0]
+    answer, read = SharedPrefixLM._loglikelihood_tokens, [0]
 
-    def noted(requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    def noted(self: SharedPrefixLM, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         asked.update(tuple(context) for _, context, _ in requests)
-        return answer(requests, *args, **kwargs)
+        return answer(self, requests, *args, **kwargs)
 
     def count(module: Any, args: tuple, output: torch.Tensor) -> None:
         read[0] += output.shape[:-1].numel()
 
-    harness._loglikelihood_tokens = noted
     handle, meter = lm.model.get_input_embeddings().register_forward_hook(count), Meter(lm)
     meter.reset()
     start = meter.now()
     try:
-        items = evaluate(lm, benchmark, prompts)
+        with mock.patch.object(SharedPrefixLM, "_loglikelihood_tokens", noted):
+            items = evaluate(lm, benchmark, prompts)
     finally:
         seconds = meter.now() - start
         handle.remove()
-        del lm._harness
     tokens = sum(map(len, asked))
     return {
         "what": f"{benchmark}, {len(items)} prompts",
@@ -186,7 +185,7 @@ def bench_gpu() -> list[Path]:
 
 
 if __name__ == "__main__":
-    from kedit.workers import quiet_libraries
+    from kedit.workers import log_to_stderr
 
-    quiet_libraries()
+    log_to_stderr()
     bench_gpu()

@@ -1,68 +1,89 @@
-"""Suites of benchmarks. A benchmark is an lm-eval task, or several; ours are YAML and JSONL in a folder a suite.
+"""Suites of benchmarks. A benchmark is an lm-eval task, or several; a suite is a folder of task files.
 
-The paper suite is lm-eval's own tasks with the study's shots (``paper.yaml``; differences in ``paper.md``), on data
-from the hub or from ``KEDIT_MIRROR``.
+Folders of other packages come by the entry points ``kedit.suites``, whose value ``module:attribute`` names one.
+The suite ``paper`` is lm-eval's own tasks with the study's settings (``paper.yaml``; differences in ``paper.md``).
+
+The ``metadata`` of a task file say what the rest of kedit must know of a benchmark:
+
+- ``benchmark`` of the study that it is or stands for; ``metric`` that a cell keeps, its ``chance``, and lm-eval's
+  ``filter`` where there are several
+- ``reading``, what it costs: how many ``items``; tokens of exemplars that they share (in all ``tasks`` together, where
+  they are several), and for each item its own and those generated, as SmolLM2 counts them
+- ``aspect`` of ability that it shows (the study's Figure 5), none for those of safety
+- ``two_way``: all items have the same two choices, so a commoner answer can be told
+- ``items``: the benchmark whose items it asks about, where they are not its own
+- ``chat``: asked in the model's chat template; ``keep``: what the task says of an answer, kept in place of its text
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import logging
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from kedit import KeditError
-from kedit.data import hub
-from kedit.store import cache_folder
+from kedit.evaluation.benchmarks import stock
+from kedit.registry import load_object, registered, unknown
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import datasets
 
 HERE = Path(__file__).parent
 PAPER: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "paper.yaml").read_text())
-_ABILITIES = ("mmlu", "bbh", "gsm8k", "csqa", "triviaqa", "truthfulqa", "toxigen")
-SUITES = {
-    **{suite: tuple(f"{suite}_{ability}" for ability in _ABILITIES) for suite in ("mini", "pico")},
-    "safety": ("mini_truthfulqa_mc",),
-    "paper": tuple(PAPER),
-}
-KNOWN = [name for suite in SUITES.values() for name in suite]
 
 
-def folder(name: str) -> Path:
-    """Where a benchmark's suite keeps its files."""
-    return HERE / name.partition("_")[0]
+class _Loader(yaml.CSafeLoader):
+    """Reads lm-eval's YAML without running what its !function tags name."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: node.value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A task file with what it includes."""
+    config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    return (_read(path.parent / config.pop("include")) if "include" in config else {}) | config
+
+
+@cache
+def suites() -> dict[str, dict[str, Path]]:
+    """Suite -> benchmark -> its file; those that stand for the study's in the study's order."""
+
+    def order(path: Path) -> tuple[int, str]:
+        last = path.stem.rpartition("_")[2]
+        return list(PAPER).index(last) if last in PAPER else len(PAPER), path.stem
+
+    folders = {name: Path(load_object(where)) for name, where in registered("suites", {}).items()}
+    folders |= {name: HERE / name for name in ("mini", "pico", "safety")}
+    found = {suite: {p.stem: p for p in sorted(folder.glob("*.yaml"), key=order)} for suite, folder in folders.items()}
+    return found | {"paper": dict.fromkeys(PAPER, HERE / "paper.yaml")}
+
+
+@cache
+def known() -> dict[str, Path]:
+    """Every benchmark -> its file."""
+    return {name: path for suite in suites().values() for name, path in suite.items()}
 
 
 @cache
 def metadata(name: str) -> dict[str, Any]:
-    """What is said of a benchmark: ``benchmark``, ``metric``, ``chance`` and, if any, ``filter`` and ``items``.
-
-    ``items`` names the benchmark whose items it asks about, where they are not its own.
+    """What is said of a benchmark (see above).
 
     Raises:
         KeditError: no such benchmark.
     """
-    if name not in KNOWN:
-        raise KeditError(f"benchmark {name!r} does not exist; use some of {', '.join(KNOWN)}.")
-    if name in PAPER:
-        return PAPER[name]["metadata"]
-
-    class Loader(yaml.CSafeLoader):
-        """Reads lm-eval's YAML without running what its !function tags name."""
-
-    Loader.add_constructor("!function", lambda loader, node: node.value)
-    return yaml.load((folder(name) / f"{name}.yaml").read_text(), Loader)["metadata"]
+    if name not in known():
+        raise unknown("benchmark", name, known())
+    return (PAPER[name] if name in PAPER else _read(known()[name]))["metadata"]
 
 
 @cache
 def fingerprint(name: str) -> str:
-    """Hash of everything that defines a benchmark: its YAML, its items and what they share.
+    """Hash of everything that defines a benchmark: its YAML, its items and what they share, its functions.
 
     Of the paper suite: lm-eval's version, our settings, every item and the exemplars, wherever they came from.
     """
@@ -74,10 +95,11 @@ def fingerprint(name: str) -> str:
             shown = islice(task.fewshot_docs() or (), task.config.num_fewshot)
             digest.update(json.dumps([subtask, list(shown), list(task.eval_docs)], sort_keys=True).encode())
         return digest.hexdigest()[:16]
-    stems = (name, metadata(name).get("items", name), f"_{folder(name).name}_yaml", "utils")
-    for path in sorted(folder(name).iterdir()):
-        if path.stem in stems and path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
+    config, folder = _read(known()[name]), known()[name].parent
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    file = config.get("dataset_kwargs", {}).get("file")
+    for path in [*([HERE / file] if file else []), *sorted(folder.glob("*.py"))]:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -86,26 +108,28 @@ def tasks(name: str) -> dict[str, Any]:
     """The lm-eval task objects of a benchmark by name, built once; MMLU has 57 of them, BBH 27, the others one.
 
     Raises:
-        KeditError: the data cannot be had (``kedit.hub``).
+        KeditError: no such benchmark, or its data cannot be had (``kedit.data.hub``).
     """
-    from lm_eval.tasks import TaskManager
-
     metadata(name)
-    if name not in PAPER:
-        manager = TaskManager(include_path=str(folder(name)), include_defaults=False)
-        return dict(manager.load([name])["tasks"])
+    for noisy in ("lm_eval", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    if name in PAPER:
+        return stock.tasks(PAPER[name])
+    from lm_eval.tasks import TaskManager  # seconds, which runs that only replay and figures do not wait for
 
-    import lm_eval.tasks
+    return dict(TaskManager(include_path=str(known()[name].parent), include_defaults=False).load([name])["tasks"])
 
-    about = PAPER[name]
-    stock = Path(lm_eval.tasks.__file__).parent / about["folder"]
-    manager = TaskManager(include_path=str(stock), include_defaults=False)
-    names = about.get("tasks") or sorted(manager.all_subtasks)
-    return {subtask: _stock(manager.task_index[subtask].yaml_path, about["settings"]) for subtask in names}
+
+def items(file: str, **_: Any) -> "datasets.DatasetDict":
+    """For a task's ``custom_dataset``: items of a JSONL file (its path from this folder) as the one split, ``test``."""
+    import datasets
+
+    lines = (HERE / file).read_text(encoding="utf-8").splitlines()
+    return datasets.DatasetDict(test=datasets.Dataset.from_list([json.loads(line) for line in lines]))
 
 
 def sources(name: str) -> list[str]:
-    """Hub ids of the data that a benchmark needs; the mini suite carries its own."""
+    """Hub ids of the data that a benchmark needs; the suites in folders carry their own."""
     return [PAPER[name]["data"]] if name in PAPER else []
 
 
@@ -113,57 +137,10 @@ def reach(name: str) -> None:
     """Ask within seconds whether a benchmark's data can be had.
 
     Raises:
-        KeditError: it cannot (``kedit.hub``).
+        KeditError: it cannot (``kedit.data.hub``).
     """
     for source in sources(name):
-        _located(source)
-
-
-def _stock(path: Path, settings: dict[str, Any]) -> Any:
-    """One of lm-eval's own tasks with settings of ours."""
-    import datasets
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    config = {**load_yaml(path), **settings}
-    for key in ("tag", "group"):
-        config.pop(key, None)
-    source = config["dataset_path"]
-    config["dataset_path"], cache_dir = _located(source)
-    if cache_dir:
-        config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "cache_dir": cache_dir}
-    datasets.disable_progress_bars()
-    try:
-        if hub.mirror() and config.get("test_split"):
-            # the annotated ToxiGen that circulates has its train split only
-            splits = datasets.get_dataset_split_names(config["dataset_path"], config.get("dataset_name"))
-            if config["test_split"] not in splits and "train" in splits:
-                log.warning("%s has no %s split here: its train split is used", source, config["test_split"])
-                config["test_split"] = "train"
-        with contextlib.redirect_stderr(io.StringIO()):
-            return ConfigurableTask(config=config)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise KeditError(
-            f"data set {source} cannot be read ({reason}); lm-eval's task {config['task']} needs it: put it into "
-            "KEDIT_MIRROR as the hub has it, or unset that to use the hub."
-        ) from error
-
-
-@cache
-def _located(source: str) -> tuple[str, str | None]:
-    """Where a data set is, and, in a mirror, a folder for what ``datasets`` makes of it.
-
-    ``datasets`` does not notice that a local file has changed and would go on serving what it made of the
-    old one, so the folder's name says which files these are.
-    """
-
-    place = hub.dataset(source)
-    if not hub.mirror():
-        return place, None
-    files = sorted(path for path in Path(place).rglob("*") if path.is_file())
-    about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return place, str(cache_folder() / "datasets" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16])
+        stock.located(source)
 
 
 def shares(name: str, limit: int | None) -> dict[str, int]:
