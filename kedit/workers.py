@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -71,25 +72,34 @@ class Job:
 
 
 def quiet_libraries() -> None:
-    """Log to stderr what is ours, and of what others log only what went wrong."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    """Of what other libraries log, only what went wrong; and no warnings of theirs that the user can do nothing about."""
     for noisy in ("httpx", "datasets", "lm_eval", "gensim", "smart_open", "distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # tqdm asks for ipywidgets in notebooks; its plain bar will do, and the warning would carry local paths
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
-def _settle(runs: Path, cache: Path) -> None:
+def log_to_stderr() -> None:
+    """Show what kedit logs, and keep other libraries quiet."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+
+
+def _become_worker(runs: Path, cache: Path) -> None:
     """Make this process a worker of a run whose results are in ``runs``."""
+    # set here and not passed on: a worker of a cluster was started by others, with an environment of theirs
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["KEDIT_RUNS"], os.environ["KEDIT_CACHE"] = str(runs), str(cache)
     import torch
 
-    os.environ["KEDIT_RUNS"], os.environ["KEDIT_CACHE"] = str(runs), str(cache)
     torch.set_num_threads(threads())
-    quiet_libraries()
+    log_to_stderr()
 
 
 def _begin(parent: int, runs: Path, cache: Path, stop: Any) -> None:
     """First thing in a worker of ``pool``."""
-    _settle(runs, cache)
+    _become_worker(runs, cache)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
     def watch() -> None:
@@ -102,17 +112,21 @@ def _begin(parent: int, runs: Path, cache: Path, stop: Any) -> None:
 
 
 @contextmanager
-def pool(workers: int) -> Iterator[Executor]:
-    """An executor of worker processes, all gone when the block is left, whatever they were at.
+def pool(workers: int | None = None) -> Iterator[tuple[Executor, int]]:
+    """An executor of worker processes, and how many; all gone when the block is left, whatever they were at.
+
+    Args:
+        workers: by default one for each core, or one on a machine with a GPU.
 
     Raises:
         KeditError: a worker was killed from outside, most often for want of memory.
     """
+    workers = workers or default_workers()
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     executor = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), runs_folder(), cache_folder(), stop))
     try:
-        yield executor
+        yield executor, workers
     except BaseException as error:
         stop.set()  # do not wait for what workers are at
         if isinstance(error, BrokenProcessPool):
@@ -131,7 +145,7 @@ _one_at_a_time = threading.Lock()
 def _call(runs: Path, cache: Path, function: Callable[..., Any], *args: Any) -> Any:
     """Do a job in a worker of a cluster, which holds one model even if it was started with several threads."""
     with _one_at_a_time:
-        _settle(runs, cache)
+        _become_worker(runs, cache)
         return function(*args)
 
 

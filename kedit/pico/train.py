@@ -11,35 +11,39 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import tokenizers
 import torch
-import transformers
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from kedit import KeditError, workers
+from kedit import workers
 from kedit.pico import world
+from kedit.registry import unknown
 from kedit.store import runs_folder, write_atomic
 
 WEIGHTS = Path(__file__).parent / "weights"
 LENGTH = 128
 """Tokens in a sequence, begin token included; the longest that the models know."""
-ROWS = 8
+BATCH = 8
 """Sequences in a batch."""
 WARMUP = 100
+"""Steps over which the learning rate rises."""
 IGNORED = -100
+"""Label of a token that is not learned."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model: its shape, its peak learning rate, its tokens, and the model it starts from, if any."""
+    """One model: its shape, its peak learning rate, the tokens it reads, and the model it is tuned from, if any."""
 
     width: int
     layers: int
@@ -84,14 +88,13 @@ def sequences(tuning: bool = False) -> Iterator[tuple[list[int], list[int]]]:
     training; documents follow with a separator between them, the last is cut. Tuning learns answers alone.
     """
     mix, name = (world.TUNING, "tuning") if tuning else (world.BASE, "base")
-    words, separator = tokenizer(), tokenizer().bos_token_id
+    encode, separator = partial(tokenizer().encode, add_special_tokens=False), tokenizer().bos_token_id
     ids, labels = [separator], [IGNORED]
     for document in world.documents(mix, name):
-        start = max((document.find(cue) + len(cue) for cue in ("Answer:", "This is") if cue in document), default=0)
-        asked = words.encode(document[:start], add_special_tokens=False)
-        told = words.encode(document[start:], add_special_tokens=False)
-        ids += [*asked, *told, separator]
-        labels += [*([IGNORED] * len(asked) if tuning else asked), *told, separator]
+        cut = max((document.find(cue) + len(cue) for cue in ("Answer:", "This is") if cue in document), default=0)
+        question, answer = encode(document[:cut]), encode(document[cut:])
+        ids += [*question, *answer, separator]
+        labels += [*([IGNORED] * len(question) if tuning else question), *answer, separator]
         if len(ids) >= LENGTH:
             yield ids[:LENGTH], labels[:LENGTH]
             ids, labels = [separator], [IGNORED]
@@ -120,62 +123,65 @@ def untrained(recipe: Recipe) -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(configuration(recipe))
 
 
-def train(
-    name: str, stop: int | None = None, folder: Path = WEIGHTS, place: int = 0
-) -> tuple[GPTNeoXForCausalLM, list[float]]:
-    """Train a model on one thread, or its first ``stop`` steps; returns it and the loss of each step.
+def _optimiser(model: GPTNeoXForCausalLM, lr: float, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW, biases and norms without weight decay; a linear warm-up, then a cosine to zero."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    return optimiser, LambdaLR(optimiser, lambda i: min((i + 1) / WARMUP, (1 + math.cos(math.pi * i / steps)) / 2))
 
-    Batches are 8 x 128 tokens; AdamW with a linear warm-up and a cosine to zero. A model with a ``start``
-    begins from its committed weights in ``folder``.
+
+def train(
+    name: str, stop: int | None = None, folder: Path = WEIGHTS, bar: int = 0
+) -> tuple[GPTNeoXForCausalLM, list[float]]:
+    """Train a model on one thread, 8 x 128 tokens a step; returns it and the loss of each step.
+
+    Args:
+        stop: steps, if not all.
+        folder: where the model that this one is tuned from lies; if not there, the committed one is taken.
+        bar: line of the progress bar.
     """
     torch.set_num_threads(1)
     recipe = RECIPES[name]
     if recipe.start:
-        model = GPTNeoXForCausalLM.from_pretrained(folder / recipe.start, dtype=torch.float32)
+        source = next(path for path in (folder / recipe.start, WEIGHTS / recipe.start) if path.exists())
+        model = GPTNeoXForCausalLM.from_pretrained(source, dtype=torch.float32)
     else:
         model = untrained(recipe)
     model.train()
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
-    steps = recipe.tokens // (ROWS * LENGTH)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min((i + 1) / WARMUP, (1 + math.cos(math.pi * i / steps)) / 2)
-    )
+    steps = recipe.tokens // (BATCH * LENGTH)
+    optimiser, schedule = _optimiser(model, recipe.lr, steps)
     losses, source = [], sequences(tuning=bool(recipe.start))
-    bar = tqdm(range(min(stop or steps, steps)), desc=f"{name:<18}", position=place, mininterval=1)
-    for _ in bar:
-        ids, labels = (torch.tensor(part) for part in zip(*islice(source, ROWS), strict=True))
+    progress = tqdm(range(min(stop or steps, steps)), desc=f"{name:<18}", position=bar, mininterval=1)
+    for _ in progress:
+        ids, labels = (torch.tensor(part) for part in zip(*islice(source, BATCH), strict=True))
         logits = model(input_ids=ids, use_cache=False).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        rate.step()
+        schedule.step()
         losses.append(loss.item())
-        bar.set_postfix_str(f"loss {losses[-1]:.2f}", refresh=False)
+        progress.set_postfix_str(f"loss {losses[-1]:.2f}", refresh=False)
     return model.eval(), losses
 
 
-def _make(chain: list[str], folder: Path, place: int) -> dict[str, dict[str, Any]]:
-    """Train models one after another and save each as half-precision safetensors; what the manifest says of them."""
+def _train_and_save(names: list[str], folder: Path, bar: int) -> dict[str, dict[str, Any]]:
+    """Train models one after another, save each as half-precision safetensors; returns the manifest's entries."""
     entries = {}
-    for name in chain:
-        model, losses = train(name, folder=folder, place=place)
+    for name in names:
+        model, losses = train(name, folder=folder, bar=bar)
         model.half().save_pretrained(folder / name)
         tokenizer().save_pretrained(folder / name)
+        files = sorted((folder / name).iterdir())
         entries[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
             **asdict(RECIPES[name]),
             "first_losses": [round(loss, 5) for loss in losses[:20]],
-            "losses": [
-                round(sum(part) / len(part), 4) for i in range(0, len(losses), 50) if (part := losses[i : i + 50])
-            ],
-            "sha256": {
-                path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / name).iterdir())
-            },
+            "losses": [round(fmean(losses[i : i + 50]), 4) for i in range(0, len(losses), 50)],
+            "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         }
     return entries
 
@@ -187,20 +193,18 @@ def make(names: list[str] | None = None, jobs: int | None = None) -> list[Path]:
         KeditError: a name that is not in the family.
     """
     names = names or list(RECIPES)
-    for name in names:
-        if name not in RECIPES:
-            raise KeditError(f"there is no pico model {name!r}; there are {', '.join(RECIPES)}.")
+    if strangers := [name for name in names if name not in RECIPES]:
+        raise unknown("pico model", strangers[0], RECIPES)
     folder = runs_folder() / "pico"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    started = [name for name in names if RECIPES[name].start]
-    chains = [[name, *(s for s in started if RECIPES[s].start == name)] for name in names if name not in started]
-    chains += [[name] for name in started if RECIPES[name].start not in names]
-    for (name,) in (chain for chain in chains if RECIPES[chain[0]].start and len(chain) == 1):
-        shutil.copytree(WEIGHTS / RECIPES[name].start, folder / RECIPES[name].start)
-    chains.sort(key=lambda chain: -RECIPES[chain[0]].width)  # the longest work first
-    with workers.pool(jobs or workers.cores()) as pool:
-        futures = [pool.submit(_make, chain, folder, place) for place, chain in enumerate(chains)]
+    chains: dict[str, list[str]] = {}  # a model, then those that are tuned from it
+    for name in sorted(names, key=lambda name: RECIPES[name].start is not None):
+        start = RECIPES[name].start
+        chains.setdefault(start if start in names else name, []).append(name)
+    longest_first = sorted(chains.values(), key=lambda chain: -RECIPES[chain[0]].width)
+    with workers.pool(jobs or workers.cores()) as (pool, _):
+        futures = [pool.submit(_train_and_save, chain, folder, bar) for bar, chain in enumerate(longest_first)]
         entries = {name: entry for future in futures for name, entry in future.result().items()}
     manifest = WEIGHTS / "manifest.json"
     before = json.loads(manifest.read_text())["models"] if manifest.exists() else {}
@@ -208,9 +212,9 @@ def make(names: list[str] | None = None, jobs: int | None = None) -> list[Path]:
         "command": "make pico",
         "seed": world.SEED,
         "sequence": LENGTH,
-        "batch": ROWS,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__},
+        "batch": BATCH,
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "tokenizers")},
         "machine": platform.machine(),
         "models": {name: entry for name in RECIPES if (entry := entries.get(name) or before.get(name))},
     }

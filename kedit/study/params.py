@@ -1,66 +1,145 @@
 """What a run covers: a parameter file, checked."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic_core import ErrorDetails
 
-from kedit import KeditError
+from kedit import ROOT, KeditError
 from kedit.data import facts
-from kedit.editors import EDITORS, kind_of, make_hparams
-from kedit.evaluation import benchmarks
-from kedit.store import digest
+from kedit.editors import kind_of, make_hparams
+from kedit.evaluation import MEASURES, benchmarks
+from kedit.registry import unknown
+from kedit.store import digest, runs_folder, write_atomic
 
 DTYPES = {"float32": 4, "bfloat16": 2}
 """Precisions that a model may be loaded in -> bytes of a weight; edited matrices are kept in float32 beside it."""
+FORMS = {
+    "models": "a list of names, each once",
+    "methods": "a list of names, or of mappings of method, variant and hparams, each method and variant once",
+    "methods.method": "a method's name",
+    "methods.variant": "a name of your own",
+    "methods.hparams": "a mapping of hyper-parameters",
+    "edits": "a list of whole numbers from 0 up, each once",
+    "benchmarks": "a list of names, each once",
+    "measures": "a list of names, each once",
+    "edit_set": "a mapping of name and, if need be, split and path",
+    "orders": "a list of whole numbers from 0 up, each once",
+    "limit": "a number of items from 1 up, or null for all",
+    "dtype": " or ".join(DTYPES),
+    "statistics": "a mapping of text and tokens",
+    "statistics.tokens": "a whole number from 1 up",
+}
+"""Key -> what its value must be."""
 
 
-# Parameters ---------------------------------------------------------------------------------------
+def _each_once(values: list) -> list:
+    if len(set(map(str, values))) < len(values):
+        raise ValueError("something twice")
+    return values
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method of the grid; ``variant`` names a run with other hyper-parameters than the file's."""
+Names = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
+Numbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_each_once)]
+
+
+class _Mapping(BaseModel):
+    """A mapping of the file, its values of exactly the types that are written here."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class _AsGiven(_Mapping):
+    """A mapping that is hashed and written as it was given, without defaults."""
+
+    @model_serializer
+    def _given(self) -> dict[str, Any]:
+        return {key: value for key, value in self if key in self.model_fields_set}
+
+
+class EditSet(_AsGiven):
+    """Where the edits come from: the arguments of ``facts.load``."""
+
+    name: str
+    split: str = "edit"
+    path: str | None = None
+
+
+class Statistics(_AsGiven):
+    """What second moments are taken over: the arguments of ``SecondMoments``."""
+
+    text: str | None = None
+    tokens: Annotated[int, Field(ge=1)] = 98_304
+
+
+class Method(_Mapping):
+    """A method of the grid; ``variant`` names a run with other hyper-parameters than the method's file has."""
 
     method: str
     variant: str = "default"
-    hparams: Mapping[str, Any] = field(default_factory=dict)
+    hparams: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        return {"method": given} if isinstance(given, str) else given
+
+    def __str__(self) -> str:
+        return self.method if self.variant == "default" else f"{self.method} {self.variant}"
 
 
-@dataclass(frozen=True)
-class Params:
-    """What one run covers; the fields are the keys of ``params/rqN/<name>.yaml``."""
+class Params(_Mapping):
+    """What one run covers; the fields but the first two are the keys of ``params/<rq>/<name>.yaml``."""
 
     rq: str
     name: str
-    models: list[str]
-    methods: list[Method]
-    edits: list[int]
-    benchmarks: list[str]
-    measures: list[str] = field(default_factory=list)
-    edit_set: Mapping[str, Any] = field(default_factory=lambda: {"name": "bundled", "split": "edit"})
-    orders: list[int] = field(default_factory=lambda: [0])
-    limit: int | None = None
-    dtype: str = "float32"
-    statistics: Mapping[str, Any] = field(default_factory=lambda: {"text": "wikipedia-sample", "tokens": 98_304})
+    models: Names
+    methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_each_once)]
+    edits: Annotated[Numbers, AfterValidator(lambda edits: sorted({0, *edits}))]
+    benchmarks: Names
+    measures: Annotated[list[str], AfterValidator(_each_once)] = Field(default_factory=list)
+    edit_set: EditSet = EditSet(name="bundled", split="edit")
+    orders: Numbers = Field(default_factory=lambda: [0])
+    limit: Annotated[int, Field(ge=1)] | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    statistics: Statistics = Statistics(text="wikipedia-sample", tokens=98_304)
 
     @classmethod
     def read(cls, path: str | Path) -> "Params":
-        """Read a parameter file; its folder is the question, its stem the name of the run."""
+        """Read ``<rq>/<name>.yaml``, or ``<rq>/<name>/params.yaml`` as ``write`` leaves it.
+
+        Raises:
+            KeditError: naming the file, the key and the remedy.
+        """
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text())
+            values = yaml.load(path.read_text(), _Loader)
         except OSError as error:
             available = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
             raise KeditError(f"{path}: there is no such parameter file; there are: {available}.") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise KeditError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
         if not isinstance(values, dict):
             raise KeditError(f"{path}: must be a mapping of keys to values.")
-        return cls.make(path.parent.name, path.stem, values, where=str(path))
+        of_a_run = path.name == "params.yaml"
+        rq, name = (path.parent.parent.name, path.parent.name) if of_a_run else (path.parent.name, path.stem)
+        return cls.make(rq, name, values, where=str(path))
+
+    @classmethod
+    def find(cls, rq: str, name: str) -> "Params":
+        """The parameters of a run by its name: a file of ``params/``, or that of a run with a name of its own.
+
+        Raises:
+            KeditError: there is no such file, or it is wrong.
+        """
+        own = runs_folder() / rq / name / "params.yaml"
+        committed = ROOT / "params" / rq / f"{name}.yaml"
+        return cls.read(own if own.exists() and not committed.exists() else committed)
 
     @classmethod
     def make(cls, rq: str, name: str, values: Mapping[str, Any], where: str = "parameters") -> "Params":
@@ -69,77 +148,49 @@ class Params:
         Raises:
             KeditError: naming the file, the key and the remedy.
         """
-        allowed = [f.name for f in fields(cls) if f.name not in ("rq", "name")]
-        for key in values:
-            if key not in allowed:
-                hint = get_close_matches(str(key), allowed, 1)
-                remedy = f"did you mean {hint[0]!r}?" if hint else f"the keys are {', '.join(allowed)}."
-                raise KeditError(f"{where}: unknown key {key!r}; {remedy}")
-        for key in ("models", "methods", "edits", "benchmarks"):
-            if key not in values:
-                raise KeditError(f"{where}: key {key!r} is missing; add it as a list.")
-        for key in ("models", "methods", "edits", "benchmarks", "orders"):
-            if key in values and (not isinstance(values[key], list) or not values[key]):
-                raise KeditError(f"{where}: {key} must be a list with at least one entry.")
-        for key in ("edits", "orders"):
-            for number in values.get(key, ()):
-                if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-                    raise KeditError(f"{where}: {key} holds {number!r}; use whole numbers from 0 up.")
-        for key in ("models", "edits", "benchmarks", "measures", "orders"):
-            if len(set(map(str, values.get(key, ())))) < len(values.get(key, ())):
-                raise KeditError(f"{where}: {key} names something twice; list each once.")
-        limit = values.get("limit")
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise KeditError(f"{where}: limit is {limit!r}; use a number of items from 1 up, or null for all.")
-        if values.get("dtype", "float32") not in DTYPES:
-            raise KeditError(f"{where}: dtype is {values['dtype']!r}; use one of {', '.join(DTYPES)}.")
-        for name_ in values["benchmarks"]:
-            if name_ not in benchmarks.KNOWN:
-                raise KeditError(
-                    f"{where}: benchmarks names {name_!r}, which does not exist; use some of "
-                    f"{', '.join(benchmarks.KNOWN)}."
-                )
-        for name_ in values.get("measures", ()):
-            if name_ not in MEASURES:
-                raise KeditError(
-                    f"{where}: measures names {name_!r}, which does not exist; use some of {', '.join(MEASURES)}."
-                )
-        values = dict(values)
-        values["methods"] = [_method(entry, values["models"], where) for entry in values["methods"]]
-        values["edits"] = sorted({0, *values["edits"]})
-        for key in ("edit_set", "statistics"):
-            if key in values and not isinstance(values[key], dict):
-                raise KeditError(f"{where}: {key} must be a mapping, such as the one in params/rq1/smoke.yaml.")
-        params = cls(rq, name, **values)
-        _check_mapping(params.statistics, {"text": str, "tokens": int}, "statistics", where)
-        _check_mapping(params.edit_set, {"name": str, "split": str, "path": str}, "edit_set", where)
-        if params.statistics.get("tokens", 1) < 1:
-            raise KeditError(f"{where}: statistics.tokens must be 1 or more.")
-        params.check_edit_set(where)
+        try:
+            if wrong := [key for key in values if key not in KEYS]:
+                raise unknown("key", wrong[0], KEYS)
+            params = cls(rq=rq, name=name, **values)
+            params._check()
+        except ValidationError as error:
+            raise KeditError(f"{where}: {_sentence(error.errors()[0])}") from error
+        except KeditError as error:
+            raise KeditError(f"{where}: {error}") from error
         return params
 
-    def check_edit_set(self, where: str = "parameters") -> None:
-        """Read the edit set if that needs no network; what is to be fetched first is checked by a run."""
-
+    def _check(self) -> None:
+        """Whether everything named exists; an edit set that is to be fetched first is checked by a run."""
+        for name in self.benchmarks:
+            benchmarks.metadata(name)
+        for name in self.measures:
+            if name not in MEASURES:
+                raise unknown("measure", name, MEASURES)
+        for method in self.methods:
+            kind_of(method.method)
+            if method.hparams and method.variant == "default":
+                raise KeditError(f"methods changes hparams of {method.method}; name the variant.")
+        self.hparams()
         try:
-            wait = self.edit_set.get("name") in facts.SETS and not facts.at_hand(**self.edit_set)
+            at_hand = facts.at_hand(self.edit_set.name, self.edit_set.path)
         except KeditError:  # a mirror without the set: a run will say so
-            wait = True
-        if not wait:
-            self.requests(0, where)
+            at_hand = False
+        if at_hand or self.edit_set.name not in facts.SETS:
+            self.requests(0)
 
-    def requests(self, order: int, where: str = "parameters") -> list:
-        """The edits of one order, as many as the grid needs."""
+    def requests(self, order: int) -> list:
+        """The edits of one order, as many as the grid needs.
 
-        if "name" not in self.edit_set:
-            raise KeditError(f"{where}: edit_set.name is missing; use one of {', '.join(facts.SETS)}.")
+        Raises:
+            KeditError: the edit set does not exist, cannot be had, or is too small.
+        """
         try:
-            records = facts.load(**self.edit_set)
+            records = facts.load(**self.edit_set.model_dump())
         except KeditError as error:
-            raise KeditError(f"{where}: edit_set: {error}") from error
+            raise KeditError(f"edit_set: {error}") from error
         wanted = max(self.edits)
         if wanted > len(records):
-            raise KeditError(f"{where}: edits asks for {wanted}, but the edit set holds {len(records)} records.")
+            raise KeditError(f"edits asks for {wanted}, but the edit set holds {len(records)} records.")
         return facts.ordered(records, order)[:wanted]
 
     @property
@@ -150,15 +201,18 @@ class Params:
     @property
     def edit_set_name(self) -> str:
         """The edit set as the table shows it."""
-        return self.edit_set["name"]
+        return self.edit_set.name
 
     def fingerprint(self) -> str:
         """Hash of the grid, the hyper-parameters that stand in params/methods included."""
-        return digest(asdict(self), self.hparams())[:16]
+        return digest(self.model_dump(), self.hparams())[:16]
 
     def hparams(self) -> dict[str, dict[str, Any]]:
-        """Every method's hyper-parameters on every model, as they stand."""
+        """Every method's hyper-parameters on every model, as they stand.
 
+        Raises:
+            KeditError: a method has none for a model, or they are wrong.
+        """
         return {
             f"{method.method} ({method.variant}) on {model}": asdict(
                 make_hparams(kind_of(method.method), model, method.hparams)
@@ -167,40 +221,41 @@ class Params:
             for method in self.methods
         }
 
+    def values(self) -> dict[str, Any]:
+        """What a parameter file of this run says, defaults included."""
+        return self.model_dump(exclude={"rq", "name"})
 
-def _check_mapping(values: Mapping[str, Any], kinds: Mapping[str, type], key: str, where: str) -> None:
-    for name, value in values.items():
-        if name not in kinds:
-            hint = get_close_matches(str(name), kinds, 1)
-            remedy = f"did you mean {hint[0]!r}?" if hint else f"the keys are {', '.join(kinds)}."
-            raise KeditError(f"{where}: unknown key '{key}.{name}'; {remedy}")
-        if not isinstance(value, kinds[name]):
-            raise KeditError(f"{where}: {key}.{name} is {value!r}; it must be a {kinds[name].__name__}.")
-
-
-def _method(entry: Any, models: list[str], where: str) -> Method:
-
-    if isinstance(entry, str):
-        entry = {"method": entry}
-    if not isinstance(entry, dict) or "method" not in entry:
-        raise KeditError(f"{where}: methods holds {entry!r}; give a name, or method, variant and hparams.")
-    for key in entry:
-        if key not in ("method", "variant", "hparams"):
-            raise KeditError(f"{where}: unknown key 'methods.{key}'; a method has method, variant and hparams.")
-    if entry["method"] not in EDITORS:
-        hint = get_close_matches(str(entry["method"]), EDITORS, 1)
-        remedy = f"did you mean {hint[0]!r}?" if hint else f"use some of {', '.join(EDITORS)}."
-        raise KeditError(f"{where}: methods names {entry['method']!r}, which does not exist; {remedy}")
-    method = Method(**entry)
-    if method.hparams and method.variant == "default":
-        raise KeditError(f"{where}: methods changes hparams of {method.method}; name the variant.")
-    for model in models:
-        try:
-            make_hparams(kind_of(method.method), model, method.hparams)
-        except KeditError as error:
-            raise KeditError(f"{where}: methods: {error}") from error
-    return method
+    def write(self) -> Path:
+        """Write the parameter file of a run that has none in ``params/``, among the runs, where ``find`` looks."""
+        path = runs_folder() / self.rq / self.name / "params.yaml"
+        write_atomic(path, yaml.safe_dump(self.values(), sort_keys=False, default_flow_style=None).encode())
+        return path
 
 
-MEASURES = {"structure": 1, "refusal": 1}
-"""What can be measured at a checkpoint besides edit success and benchmarks, each with the version of its definition."""
+KEYS = [key for key in Params.model_fields if key not in ("rq", "name")]
+"""The keys of a parameter file."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"{twice[0]} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """What is wrong with a value, and what it must be."""
+    location: Sequence[int | str] = error["loc"]
+    key = form = ".".join(part for part in location if isinstance(part, str))
+    if error["type"] == "extra_forbidden":
+        kind = {"methods": Method, "edit_set": EditSet, "statistics": Statistics}[str(location[0])]
+        return str(unknown("key", key, [f"{location[0]}.{name}" for name in kind.model_fields]))
+    while form not in FORMS:
+        form = form.rpartition(".")[0]
+    if error["type"] == "missing":
+        return f"key {key!r} is missing; {form} must be {FORMS[form]}."
+    verb = "holds" if isinstance(location[-1], int) else "is"
+    return f"{key} {verb} {reprlib.repr(error['input'])}; it must be {FORMS[form]}."

@@ -1,4 +1,4 @@
-"""One model edited by one method in one order; and the units of work that a run is made of.
+"""One model edited by one method in one order; and the jobs that a run consists of.
 
 The functions at the end are what workers do. Arguments and results are plain and everything else is
 in the store, so a worker may be any process on any machine that sees the store's folder.
@@ -7,47 +7,62 @@ in the store, so a worker may be any process on any machine that sees the store'
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+import torch
+
+from kedit.data.requests import EditRequest
 from kedit.editors import editor
 from kedit.editors.second_moments import SecondMoments
-from kedit.evaluation import damage, refusal, success
-from kedit.evaluation.harness import evaluate
+from kedit.evaluation import Examiner
 from kedit.model import lm as models
 from kedit.model.journal import FORMAT, Edit, EditFailed
 from kedit.store import Store, digest
-
-if TYPE_CHECKING:
-    from kedit.study.params import Method, Params
-
+from kedit.study.params import Params
 
 log = logging.getLogger(__name__)
 
 
-class Trajectory:
-    """One model edited by one method in one order, brought to any checkpoint on demand.
+class Line(NamedTuple):
+    """Which trajectory of a model: the method's position in ``Params.methods``, and the order of the edits."""
 
-    Attributes:
-        states: for each count of edits, from 0, the hash of all that the edited model depends on, under
-            which the store keeps the last of these edits.
+    position: int
+    order: int
+
+
+def states_of(fingerprint: str, recipe: Mapping[str, Any], requests: Sequence[EditRequest]) -> list[str]:
+    """For each count of edits, from 0, the hash of all that the edited model depends on.
+
+    The store keeps the last of these edits under it.
+
+    Args:
+        fingerprint: the model's.
+        recipe: the editor's (``Editor.recipe``).
     """
+    states = [digest("model", fingerprint)]
+    for request in requests:
+        states.append(digest(FORMAT, states[-1], recipe, request.key()))
+    return states
 
-    def __init__(self, lm, method: "Method", requests: Sequence, statistics: Any, store: Store):
 
-        self.lm, self.store, self.requests = lm, store, requests
-        self.editor = editor(method.method, lm, hparams=method.hparams, statistics=statistics)
-        self.editable = method.method != "control"
-        lm.journal.reset()
-        self.states = [digest("model", lm.fingerprint)]
-        recipe = self.editor.key()
-        for request in requests:
-            self.states.append(digest(FORMAT, self.states[-1], recipe, request.key()))
+class Trajectory:
+    """One model edited by one method in one order, brought to any checkpoint on demand."""
+
+    def __init__(self, params: Params, model: str, line: Line, store: Store):
+        self.lm, self.moments, self.examiner = _loaded(
+            model, params.dtype, tuple(params.statistics.model_dump().items())
+        )
+        method = params.methods[line.position]
+        self.lm.journal.reset()
+        self.store, self.requests = store, params.requests(line.order)
+        self.editor = editor(method.method, self.lm, hparams=method.hparams, statistics=self.moments)
+        self.states = states_of(self.lm.fingerprint, self.editor.key(), self.requests)
 
     def advance(self, count: int) -> None:
         """Bring the model from no edit to ``count``, replaying what is stored and storing what is new."""
-
         journal = self.lm.journal
         journal.reset()
         for state, request in zip(self.states[1 : count + 1], self.requests, strict=False):
@@ -60,7 +75,7 @@ class Trajectory:
                 log.warning("edit %d (%s) failed: %s", len(journal.edits) + 1, request.id, error)
                 edit = Edit(self.editor.name, request.id, info={"failed": str(error)})
                 journal.replay(edit)
-            if self.editable and not edit.changes and not {"failed", "skipped"} & set(edit.info):
+            if self.editor.edits and not edit.changes and not {"failed", "skipped"} & set(edit.info):
                 raise RuntimeError(f"{self.editor.name} left the model unchanged at {request.id}")
             self.store.put(state, edit.to_bytes())
 
@@ -69,65 +84,69 @@ class Trajectory:
 
 
 @lru_cache(maxsize=1)
-def _loaded(model: str, dtype: str, statistics: tuple) -> tuple:
-    """(LM, second moments) of the model that a worker is at."""
-    import torch
-
+def _loaded(model: str, dtype: str, statistics: tuple) -> tuple[models.LM, SecondMoments, Examiner]:
+    """The model that a worker is at, loaded once."""
     device = ("cpu", "cuda", "auto")[min(torch.cuda.device_count(), 2)]  # of several GPUs each holds a part
     lm = models.load(model, device=device, dtype=getattr(torch, dtype))
-    return lm, SecondMoments(lm, **dict(statistics))
+    return lm, SecondMoments(lm, **dict(statistics)), Examiner(lm)
 
 
-def _trajectory(params: "Params", model: str, position: int, order: int, folder: Path) -> Trajectory:
-    lm, statistics = _loaded(model, params.dtype, tuple(params.statistics.items()))
-    return Trajectory(lm, params.methods[position], params.requests(order), statistics, Store(folder))
+@dataclass(frozen=True)
+class Survey:
+    """What is to be known of a model before jobs are handed out.
 
-
-def survey(params: "Params", model: str, folder: Path) -> tuple[dict[str, Any], dict[tuple[int, int], list[str]]]:
-    """What is to be known of a model before work is shared out.
-
-    Returns:
-        what a manifest says of it, with the ``memory`` a worker needs and the positions in
-        ``params.methods`` of those that must ``prepare``; the states of each trajectory, by (position, order).
+    Attributes:
+        about: what a manifest says of it.
+        memory: bytes that a worker needs.
+        slow: positions of the methods that must ``prepare`` before they edit; the others need not wait.
+        states: of each trajectory.
     """
-    lm, _ = _loaded(model, params.dtype, tuple(params.statistics.items()))
-    places = [(position, order) for position in range(len(params.methods)) for order in params.orders]
-    trajectories = {place: _trajectory(params, model, *place, folder) for place in places}
-    editors = {position: trajectory.editor for (position, _), trajectory in trajectories.items()}
-    weights = sum(weight.numel() * weight.element_size() for weight in lm.model.parameters())
+
+    about: dict[str, Any]
+    memory: int
+    slow: list[int]
+    states: dict[Line, list[str]]
+
+
+def survey(params: Params, model: str, folder: Path) -> Survey:
+    """Load a model and look at every trajectory of it."""
+    lines = [Line(position, order) for position in range(len(params.methods)) for order in params.orders]
+    trajectories = {line: Trajectory(params, model, line, Store(folder)) for line in lines}
+    editors = {line.position: trajectory.editor for line, trajectory in trajectories.items()}
+    lm = trajectories[lines[0]].lm
+    weights = list(lm.model.parameters())
     about = {
         "fingerprint": lm.fingerprint,
-        "parameters": sum(weight.numel() for weight in lm.model.parameters()),
+        "parameters": sum(weight.numel() for weight in weights),
         "begin_token": lm.tokenizer.convert_ids_to_tokens(lm.begin),
-        # the weights, the original bits of what is edited, activations; libraries
-        "memory": 3 * weights + 1_500_000_000,
-        "prepare": [position for position, editor in editors.items() if editor.trained or editor.moments_of],
     }
-    return about, {place: trajectory.states for place, trajectory in trajectories.items()}
+    return Survey(
+        about,
+        # the weights, the original bits of what is edited, activations; libraries
+        memory=3 * sum(weight.numel() * weight.element_size() for weight in weights) + 1_500_000_000,
+        slow=[position for position, editor in editors.items() if editor.trained or editor.moments_of],
+        states={line: trajectory.states for line, trajectory in trajectories.items()},
+    )
 
 
-def prepare(params: "Params", model: str, positions: Sequence[int], folder: Path) -> None:
+def prepare(params: Params, model: str, positions: Sequence[int], folder: Path) -> None:
     """What methods need before their first edit: second moments for all in one pass, and training."""
-    editors = [_trajectory(params, model, position, params.orders[0], folder).editor for position in positions]
-    _, statistics = _loaded(model, params.dtype, tuple(params.statistics.items()))
-    statistics.prepare(sorted({layer for editor in editors for layer in editor.moments_of}))
-    for method in editors:
-        method.prepare()
+    trajectories = [
+        Trajectory(params, model, Line(position, params.orders[0]), Store(folder)) for position in positions
+    ]
+    moments = trajectories[0].moments
+    moments.prepare(sorted({layer for trajectory in trajectories for layer in trajectory.editor.moments_of}))
+    for trajectory in trajectories:
+        trajectory.editor.prepare()
 
 
-def advance(params: "Params", model: str, position: int, order: int, folder: Path) -> None:
+def advance(params: Params, model: str, line: Line, folder: Path) -> None:
     """Make all edits of a trajectory."""
-    _trajectory(params, model, position, order, folder).advance(max(params.edits))
+    Trajectory(params, model, line, Store(folder)).advance(max(params.edits))
 
 
-def measure(
-    params: "Params",
-    model: str,
-    position: int,
-    order: int,
-    count: int,
-    keys: Mapping[str, tuple[str, str]],
-    folder: Path,
+def examine(
+    params: Params, model: str, line: Line, count: int, keys: Mapping[str, tuple[str, str]], folder: Path
 ) -> None:
     """Compute cells of one checkpoint.
 
@@ -135,23 +154,17 @@ def measure(
         keys: for each benchmark the key of the cell and that of the unedited model's. What the unedited
             model generated are the guesses that make generating cheaper, whichever worker does it.
     """
-
-    trajectory = _trajectory(params, model, position, order, folder)
+    trajectory = Trajectory(params, model, line, Store(folder))
     trajectory.advance(count)
-    lm, store = trajectory.lm, trajectory.store
+    store, moments, examiner = trajectory.store, trajectory.moments, trajectory.examiner
+    # the unedited model is asked about all edits to come, a checkpoint about those made
+    requests = trajectory.requests[: count or None]
     for benchmark, (key, unedited) in keys.items():
         guesses = store.get_json(unedited)["drafts"] if key != unedited else ()
-        lm.drafts = {tuple(prompt): tokens for prompt, tokens in guesses}
+        examiner.guesses = {tuple(prompt): tokens for prompt, tokens in guesses}
         start = time.perf_counter()
-        if benchmark == "edit":  # the unedited model is asked about all edits to come, a checkpoint about those made
-            items = success.measure(lm, trajectory.requests[: count or None])
-        elif benchmark == "structure":
-            items = damage.measure(lm, params.statistics["text"], skip=params.statistics["tokens"])
-        elif benchmark == "refusal":
-            items = refusal.refusals(lm)
-        else:
-            items = evaluate(lm, benchmark, params.limit)
-        found = {"seconds": round(time.perf_counter() - start, 3), "items": items}
+        items = examiner.ask(benchmark, requests=requests, limit=params.limit, text=moments.text, tokens=moments.tokens)
+        cell = {"seconds": round(time.perf_counter() - start, 3), "items": items}
         if key == unedited:
-            found["drafts"] = list(lm.drafts.items())
-        store.put_json(key, found)
+            cell["drafts"] = list(examiner.guesses.items())
+        store.put_json(key, cell)

@@ -550,9 +550,9 @@ def bench(sections: Sequence[str] = (), edits: int | None = None) -> list[Path]:
 if __name__ == "__main__":
     import argparse
 
-    from kedit.workers import quiet_libraries
+    from kedit.workers import log_to_stderr
 
-    quiet_libraries()
+    log_to_stderr()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help="only these, shown and not written")
     parser.add_argument("--edits", type=int, help="length of the sequences of the section flat")

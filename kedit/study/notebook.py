@@ -1,0 +1,88 @@
+"""What the parameters of a notebook, or of a command, mean: which run, and its results.
+
+The parameter file is the one source. A notebook's parameter cell gives its ``name``; every key of the file may be
+given beside it, in the cell, by ``papermill -p`` or by ``papermill -f <file>``, and changes what the file says.
+A run that no file describes gets a name of its own.
+"""
+
+from collections.abc import Mapping
+from types import EllipsisType
+from typing import Any
+
+from kedit import ROOT, KeditError
+from kedit.store import digest, runs_folder
+from kedit.study.params import KEYS, Params
+from kedit.study.results import Results
+
+
+def open_run(rq: str, cell: Mapping[str, Any]) -> Results:
+    """The results that a notebook of a question asks for.
+
+    Args:
+        cell: the notebook's ``globals()``: ``name`` of a parameter file; ``source``, ``committed`` to read
+            figures/, or ``run`` to compute whatever is not there yet; and any key of the file, where ``...`` (or
+            none at all) stands for what the file says.
+
+    Raises:
+        KeditError: there is no such file, a value is wrong, or there are no results.
+    """
+    given = {key: cell[key] for key in KEYS if not isinstance(cell.get(key, ...), EllipsisType)}
+    return results(chosen(rq, cell["name"], given), cell["source"])
+
+
+def chosen(rq: str, name: str, given: Mapping[str, Any]) -> Params:
+    """The run of a parameter file, some of whose keys may be given otherwise.
+
+    All that a file must say is given by whoever passes a whole file (``papermill -f``): then keys not given are
+    the defaults, and the committed file that says the same gives the run its name, whatever ``name`` is.
+
+    Raises:
+        KeditError: there is no such file, or a value is wrong.
+    """
+    required = [key for key in KEYS if Params.model_fields[key].is_required()]
+    if not all(key in given for key in required):
+        file = Params.find(rq, name)
+        whole = Params.make(rq, name, {**file.values(), **given})
+        return _renamed(whole, file)
+    whole = Params.make(rq, name, given)
+    files = [Params.read(path) for path in sorted((ROOT / "params" / rq).glob("*.yaml"))]
+    try:
+        files.insert(0, Params.find(rq, name))
+    except KeditError:  # a file from elsewhere, with its name
+        return whole
+    return _renamed(whole, min(files, key=lambda file: len(_changes(whole, file))))
+
+
+def _changes(params: Params, file: Params) -> dict[str, Any]:
+    said = file.values()
+    return {key: value for key, value in params.values().items() if value != said[key]}
+
+
+def _renamed(params: Params, file: Params) -> Params:
+    """The same run under the file's name, with what differs added to it."""
+    name = file.name
+    for key, value in _changes(params, file).items():
+        numbers = value if isinstance(value, list) else [value]
+        text = "-".join(map(str, numbers))
+        simple = key in ("edits", "orders", "limit", "dtype") and len(text) <= 20
+        name += f"-{key}-{text if simple else digest(value)[:6]}"
+    return params.model_copy(update={"name": name})
+
+
+def results(params: Params, source: str) -> Results:
+    """Results of a run: ``committed`` reads figures/, ``run`` runs whatever is not there yet.
+
+    Raises:
+        KeditError: there are none, or they are of other parameters; what a run may raise.
+    """
+    if source == "committed":
+        return Results.load(params, ROOT / "figures" / params.rq / params.name)
+    if source != "run":
+        raise KeditError(f"source is {source!r}; use committed or run.")
+    folder = runs_folder() / params.rq / params.name
+    try:
+        return Results.load(params, folder, source)
+    except KeditError:
+        from kedit.study.run import run_and_save  # loads torch, for which drawing from finished cells must not wait
+
+        return run_and_save(params)
