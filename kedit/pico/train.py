@@ -71,14 +71,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = split
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        bos_token=world.SEPARATOR,
-        eos_token=world.SEPARATOR,
-        pad_token=world.SEPARATOR,
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), world.SEPARATOR) | {"unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=False, **special)
 
 
 def sequences(tuning: bool = False) -> Iterator[tuple[list[int], list[int]]]:
@@ -145,17 +139,17 @@ def train(
     torch.set_num_threads(1)
     recipe = RECIPES[name]
     if recipe.start:
-        source = next(path for path in (folder / recipe.start, WEIGHTS / recipe.start) if path.exists())
-        model = GPTNeoXForCausalLM.from_pretrained(source, dtype=torch.float32)
+        start = next(path for path in (folder / recipe.start, WEIGHTS / recipe.start) if path.exists())
+        model = GPTNeoXForCausalLM.from_pretrained(start, dtype=torch.float32)
     else:
         model = untrained(recipe)
     model.train()
     steps = recipe.tokens // (BATCH * LENGTH)
     optimiser, schedule = _optimiser(model, recipe.lr, steps)
-    losses, source = [], sequences(tuning=bool(recipe.start))
+    losses, texts = [], sequences(tuning=bool(recipe.start))
     progress = tqdm(range(min(stop or steps, steps)), desc=f"{name:<18}", position=bar, mininterval=1)
     for _ in progress:
-        ids, labels = (torch.tensor(part) for part in zip(*islice(source, BATCH), strict=True))
+        ids, labels = (torch.tensor(part) for part in zip(*islice(texts, BATCH), strict=True))
         logits = model(input_ids=ids, use_cache=False).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimiser.zero_grad()
@@ -186,7 +180,7 @@ def _train_and_save(names: list[str], folder: Path, bar: int) -> dict[str, dict[
     return entries
 
 
-def make(names: list[str] | None = None, jobs: int | None = None) -> list[Path]:
+def make(names: list[str] | None = None) -> list[Path]:
     """Train the family (or some of it) anew, then replace the committed weights and their manifest.
 
     Raises:
@@ -203,7 +197,7 @@ def make(names: list[str] | None = None, jobs: int | None = None) -> list[Path]:
         start = RECIPES[name].start
         chains.setdefault(start if start in names else name, []).append(name)
     longest_first = sorted(chains.values(), key=lambda chain: -RECIPES[chain[0]].width)
-    with workers.pool(jobs or workers.cores()) as (pool, _):
+    with workers.pool(workers.cores()) as (pool, _):
         futures = [pool.submit(_train_and_save, chain, folder, bar) for bar, chain in enumerate(longest_first)]
         entries = {name: entry for future in futures for name, entry in future.result().items()}
     manifest = WEIGHTS / "manifest.json"

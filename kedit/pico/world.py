@@ -163,9 +163,7 @@ def story(rng: Random) -> tuple[str, str, bool]:
 def boolean(rng: Random) -> tuple[str, bool, bool]:
     """An expression of two or three literals, its value, and whether it is held out (the longer ones may be)."""
     literals = [rng.choice(["True", "False", "not True", "not False"]) for _ in range(rng.choice([2, 3]))]
-    text = literals[0]
-    for literal in literals[1:]:
-        text += f" {rng.choice(['and', 'or'])} {literal}"
+    text = literals[0] + "".join(f" {rng.choice(['and', 'or'])} {literal}" for literal in literals[1:])
     return f"{text}?", eval(text), len(literals) > 2 and uniform(text) < 0.35
 
 
