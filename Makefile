@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify tables bench bench-gpu pico test lint pytest nbval lab clean
+.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify tables bench bench-gpu pico test test-fast lint pytest nbval lab clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,9 @@ pico: $(READY) ## train the pico models anew, on all cores
 	$(PY) -m kedit pico
 
 test: lint pytest nbval ## ruff, pytest and the notebooks' outputs
+
+test-fast: lint ## ruff, and the tests that take no time: under two minutes
+	$(PY) -m pytest -m "not slow"
 
 lint: $(READY)
 	$(PY) -m ruff check .

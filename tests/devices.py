@@ -5,6 +5,7 @@ host is ``cpu``, the devices are ``cpu:0``, ``cpu:1`` and so on, all of them tru
 get from one place to another by ``to``, ``cpu`` and ``copy_`` only; scalars and indices of the host go anywhere.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,6 +57,23 @@ class Devices(TorchFunctionMode):
             raise RuntimeError(f"{func} meets tensors on {sorted(map(str, places))}")
         return places.pop() if places else HOST
 
+    def _moved(
+        self, tensor: Tensor, rest: Iterable[Any], device: Any = None, dtype: Any = None, **options: Any
+    ) -> Tensor:
+        """What ``tensor.to(*rest, ...)`` returns."""
+        for argument in rest:
+            if isinstance(argument, Tensor):
+                device, dtype = self.of(argument), argument.dtype
+            elif isinstance(argument, torch.dtype):
+                dtype = argument
+            elif isinstance(argument, (str, torch.device)):
+                device = argument
+        found = tensor.to(dtype or tensor.dtype)
+        if device is None or torch.device(device) == self.of(tensor):
+            return found if found is tensor else self.put(found, self.of(tensor))
+        self.crossings += 1
+        return self.put(found.clone(), device)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func == Tensor.device.__get__:
@@ -65,20 +83,7 @@ class Devices(TorchFunctionMode):
             self.put(args[0], self.of(args[1]))
             return None
         if func in (Tensor.to, Tensor.cpu):
-            tensor, *rest = args
-            place, dtype = kwargs.get("device"), kwargs.get("dtype")
-            for argument in rest if func is Tensor.to else [HOST]:
-                if isinstance(argument, Tensor):
-                    place, dtype = self.of(argument), argument.dtype
-                elif isinstance(argument, torch.dtype):
-                    dtype = argument
-                elif isinstance(argument, (str, torch.device)):
-                    place = argument
-            found = tensor.to(dtype or tensor.dtype)
-            if place is None or torch.device(place) == self.of(tensor):
-                return found if found is tensor else self.put(found, self.of(tensor))
-            self.crossings += 1
-            return self.put(found.clone(), place)
+            return self._moved(args[0], args[1:] if func is Tensor.to else [HOST], **kwargs)
         if func == Tensor.numpy and self.of(args[0]) != HOST:
             raise RuntimeError("numpy asks for a tensor on the host")
         if func in (Tensor.copy_, torch._has_compatible_shallow_copy_type):  # the latter: Module.to asks about types
