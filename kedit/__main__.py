@@ -89,15 +89,15 @@ def _scan(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from importlib import import_module
-
     from kedit.editors import kind_of, make_hparams
+    from kedit.editors.protocol import committed
 
+    kind = kind_of(args.method)
+    if not kind.trained:
+        raise KeditError(f"method {kind.name!r} needs no training.")
     lm = kedit.load(args.model)
-    hparams = make_hparams(kind_of(args.method), args.model)
-    method = import_module(f"kedit.editors.{args.method}")
-    path = method.artefact_path(lm)
-    method.train(lm, hparams, artefact=path)
+    path = committed(kind.name, lm.name)
+    kind.train(lm, make_hparams(kind, args.model), artefact=path)
     print("made", os.path.relpath(path, kedit.ROOT))
 
 
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--model", default="smollm2-135m-instruct")
     command.set_defaults(function=_scan)
     command = commands.add_parser("train", help="train a method that needs it, and write what it learned to kedit/data")
-    command.add_argument("method", choices=["mend", "serac"])
+    command.add_argument("method", help="such as mend")
     command.add_argument("--model", default="smollm2-135m-instruct")
     command.set_defaults(function=_train)
     command = commands.add_parser("pico", help="train the pico models anew")

@@ -7,10 +7,13 @@ import pytest
 import torch
 from conftest import REQUEST
 
+from kedit import KeditError
 from kedit.data.facts import bundled
 from kedit.data.requests import EditRequest
-from kedit.editors import mend
-from kedit.editors.mend import MEND, Hparams, HyperNetwork, Text, Upper
+from kedit.editors import kind_of, make_hparams, mend, training
+from kedit.editors.mend import MEND, Hparams, HyperNetwork, UpperBlocks
+from kedit.editors.protocol import committed
+from kedit.editors.training import ScoredText
 from kedit.model.anatomy import matrix
 from kedit.model.journal import Edit, LowRank
 
@@ -25,13 +28,13 @@ def few_validations(tmp_path, monkeypatch):
 
 
 def drawn(lm, count=3):
-    rng, draws = random.Random(0), mend.Draws(lm, bundled("train")[:50])
-    return [draws.draw(rng) for _ in range(count)]
+    rng, examples = random.Random(0), mend.Examples(lm, bundled("train")[:50])
+    return [examples.draw(rng) for _ in range(count)]
 
 
 def ready(lm, hparams=HPARAMS):
     """A network that does something to every row, with moments."""
-    upper = Upper(lm, hparams.layers)
+    upper = UpperBlocks(lm, hparams.layers)
     network = HyperNetwork(upper.modules, hparams)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -44,11 +47,11 @@ def ready(lm, hparams=HPARAMS):
 
 def dense(lm, weights, texts):
     """Log-probabilities of the scored tokens with whole functional weights, every block run, one text at a time."""
-    said = []
+    logprobs = []
     for text in texts:
         output = torch.func.functional_call(lm.model, weights, (torch.tensor([text.ids]),), {"use_cache": False})
-        said.append(output.logits[0, text.start - 1 : -1].log_softmax(-1))
-    return torch.cat(said)
+        logprobs.append(output.logits[0, text.start - 1 : -1].log_softmax(-1))
+    return torch.cat(logprobs)
 
 
 def stored(lm, module, tensor):
@@ -70,7 +73,7 @@ def same(lm, before):
 
 def test_the_factors_are_the_dense_gradient(lm):
     lm.model.double()
-    upper = Upper(lm, HPARAMS.layers)
+    upper = UpperBlocks(lm, HPARAMS.layers)
     texts = [edit for edit, _, _ in drawn(lm)]
     factors, losses = upper.factors(texts)
     for row, text in enumerate(texts):
@@ -87,13 +90,13 @@ def test_the_factors_are_the_dense_gradient(lm):
 def test_the_outer_gradient_is_that_of_dense_functional_weights(lm):
     lm.model.double()
     upper, network = ready(lm)
-    edits, outers, others = zip(*drawn(lm), strict=True)
+    edits, outers, untouched = zip(*drawn(lm), strict=True)
     watched = [network.rates, *(t.layers[0].u for t in network.transforms.values())]
     updates = network(upper.factors(edits)[0])
-    after = upper.say([*outers, *others], updates)
-    before = upper.say(others)
-    said, now = after.split([len(after) - len(before), len(before)])
-    loss = (mend.nll(said, outers) + mend.divergence(before, now, others)).sum()
+    after = upper.logprobs([*outers, *untouched], updates)
+    before = upper.logprobs(untouched)
+    asked, now = after.split([len(after) - len(before), len(before)])
+    loss = (mend.nll(asked, outers) + mend.divergence(before, now, untouched)).sum()
     found = torch.autograd.grad(loss, watched, retain_graph=True)
 
     total = 0.0
@@ -101,9 +104,9 @@ def test_the_outer_gradient_is_that_of_dense_functional_weights(lm):
         weights = {}
         for module, (right, left) in zip(upper.modules, updates, strict=True):
             weights[weight_name(lm, module)] = module.weight + stored(lm, module, (left[row].T @ right[row]).double())
-        outer, other = outers[row : row + 1], others[row : row + 1]
+        outer, local = outers[row : row + 1], untouched[row : row + 1]
         total = total + mend.nll(dense(lm, weights, outer), outer).sum()
-        total = total + mend.divergence(dense(lm, {}, other), dense(lm, weights, other), other).sum()
+        total = total + mend.divergence(dense(lm, {}, local), dense(lm, weights, local), local).sum()
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
     for mine, theirs in zip(found, torch.autograd.grad(total, watched), strict=True):
         assert theirs.norm() > 0
@@ -119,7 +122,7 @@ def test_edits_accumulate_unless_told_otherwise_and_replay_to_the_bit(lm, accumu
         edits.append(editor.apply(EditRequest("The capital of {} is", subject, "Rome", "Paris", id=subject)))
         saved.append(edits[-1].to_bytes())
         states.append(bits(lm))
-    for module in Upper(lm, HPARAMS.layers).modules:
+    for module in UpperBlocks(lm, HPARAMS.layers).modules:
         counted = edits if accumulate else edits[-1:]
         changes = [
             c for e in counted for c in e.changes if isinstance(c, LowRank) and c.module == lm.anatomy.name(module)
@@ -141,17 +144,17 @@ def test_edits_accumulate_unless_told_otherwise_and_replay_to_the_bit(lm, accumu
 
 def test_the_first_edit_of_an_untrained_editor_descends(lm):
     editor = MEND(lm, replace(HPARAMS, edit_lr=1e-5))
-    upper = Upper(lm, HPARAMS.layers)
+    upper = UpperBlocks(lm, HPARAMS.layers)
     editor.network, editor._ready = HyperNetwork(upper.modules, editor.hparams), True
     editor.network(upper.factors([edit for edit, _, _ in drawn(lm, 8)])[0], observe=True)
-    text = Text.of(lm, REQUEST.text, REQUEST.target_new)
+    text = ScoredText.of(lm, REQUEST.text, REQUEST.target_new)
     edit = editor.apply(REQUEST)
-    assert mend.nll(Upper(lm, HPARAMS.layers).say([text]), [text]).item() < edit.info["loss"]
+    assert mend.nll(UpperBlocks(lm, HPARAMS.layers).logprobs([text]), [text]).item() < edit.info["loss"]
 
 
-def test_training_killed_and_resumed_is_training_uninterrupted(llama, monkeypatch):
-    whole = mend.train(llama, HPARAMS).state_dict()
-    again = mend.trained(llama, HPARAMS).state_dict()  # from the cache
+def test_training_killed_and_resumed_is_training_uninterrupted(llama, monkeypatch, tmp_path):
+    whole = MEND.train(llama, HPARAMS)
+    again = MEND.tensors(llama, HPARAMS)  # from the cache
     objective, calls = mend.objective, []
 
     def killed(*args):
@@ -160,29 +163,47 @@ def test_training_killed_and_resumed_is_training_uninterrupted(llama, monkeypatc
             raise KeyboardInterrupt
         return objective(*args)
 
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "killed"))
     monkeypatch.setattr(mend, "objective", killed)
     with pytest.raises(KeyboardInterrupt):
-        mend.train(llama, HPARAMS, fresh=True)
-    resumed = mend.train(llama, HPARAMS).state_dict()
+        MEND.train(llama, HPARAMS)
+    resumed = MEND.train(llama, HPARAMS)
     assert len(calls) == 4 + 4  # on from the checkpoint after step 2
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name])
         assert torch.equal(tensor, resumed[name])
 
 
-def test_training_lowers_the_loss_and_is_found_again(llama, monkeypatch, tmp_path):
+def test_training_lowers_the_loss_and_its_artefact_is_the_same_each_time(llama, monkeypatch, tmp_path):
     hparams = replace(HPARAMS, steps=25, validate=25, cedit=1.0, lr=1e-2)
-    upper, draws, some = Upper(llama, hparams.layers), mend.Draws(llama, mend.bundled("train")), random.Random(1)
-    drawn = [draws.draw(some) for _ in range(24)]
-    before = mend.objective(upper, HyperNetwork(upper.modules, hparams), drawn, hparams).item()
-    artefact = tmp_path / "artefact.safetensors"
-    trained = mend.train(llama, hparams, artefact=artefact)
-    assert mend.objective(upper, trained, drawn, hparams).item() < 0.9 * before
+    upper, examples, rng = (
+        UpperBlocks(llama, hparams.layers),
+        mend.Examples(llama, mend.bundled("train")),
+        random.Random(1),
+    )
+    some = [examples.draw(rng) for _ in range(24)]
+    network = HyperNetwork(upper.modules, hparams)
+    before = mend.objective(upper, network, some, hparams).item()
+    artefact, again = tmp_path / "artefact.safetensors", tmp_path / "again.safetensors"
+    network.load_state_dict(MEND.train(llama, hparams, artefact=artefact))
+    assert mend.objective(upper, network, some, hparams).item() < 0.9 * before
 
-    again = tmp_path / "again.safetensors"
-    mend.train(llama, hparams, artefact=again, fresh=True)
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "empty"))
+    MEND.train(llama, hparams, artefact=again)
     assert artefact.read_bytes() == again.read_bytes()
-    monkeypatch.setattr(mend, "artefact_path", lambda lm: artefact)
-    monkeypatch.setattr(mend, "train", lambda lm, hparams: "trained anew")
-    assert isinstance(mend.trained(llama, replace(hparams, accumulate_edits=False)), HyperNetwork)
-    assert mend.trained(llama, replace(hparams, lr=1.0)) == "trained anew"
+    monkeypatch.setattr(training, "committed", lambda method, model: artefact)
+    monkeypatch.setattr(MEND, "train", lambda lm, hparams: "trained anew")
+    assert "rates" in MEND.tensors(llama, replace(hparams, accumulate_edits=False))
+    assert MEND.tensors(llama, replace(hparams, lr=1.0)) == "trained anew"
+
+
+def test_the_committed_artefacts_are_those_of_the_settings(smollm2):
+    for name in ("mend", "serac"):
+        kind = kind_of(name)
+        _, identity = training.load(committed(name, smollm2.name))
+        assert identity == kind.identity(smollm2, make_hparams(kind, smollm2.name))
+
+
+def test_a_training_that_diverges_is_one_sentence(llama):
+    with pytest.raises(KeditError, match=r"training MEND diverged; lower the rates in params/methods/mend\.yaml"):
+        MEND.train(llama, replace(HPARAMS, lr=1e30, clip=1e30))

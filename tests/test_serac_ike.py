@@ -1,6 +1,7 @@
 """SERAC and IKE against plain readings of the texts they make, and their sentence encoder."""
 
 import math
+import random
 import re
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 
 import kedit
 from kedit.data.facts import bundled, bundled_zsre
-from kedit.editors import ike, serac
+from kedit.editors import ike, serac, training
 from kedit.editors.encoder import Encoder
 from kedit.editors.ike import IKE
 from kedit.editors.serac import SERAC
@@ -178,7 +179,7 @@ def test_journal_restores_the_same_routes(llama, method):
 
     def routes():
         memory = llama.memories[method]
-        return [route and (route.ids, route.share, route.group) for route in memory.routes(asked)]
+        return [route and (route.ids, route.weight, route.group) for route in memory.routes(asked)]
 
     states, saved = [], []
     for fact in FACTS:
@@ -242,7 +243,7 @@ def test_killed_training_goes_on_to_the_same_bits(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(serac, "SAVE", 1)
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "whole"))
     before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
-    whole = serac.train(llama, TRAINING, artefact=tmp_path / "artefact.safetensors")
+    whole = SERAC.train(llama, TRAINING, artefact=tmp_path / "artefact.safetensors")
 
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "killed"))
     with monkeypatch.context() as patch:
@@ -256,8 +257,8 @@ def test_killed_training_goes_on_to_the_same_bits(llama, tmp_path, monkeypatch):
 
         patch.setattr(serac, "answer_loss", dies)
         with pytest.raises(KeyboardInterrupt):
-            serac.train(llama, TRAINING)
-    resumed = serac.train(llama, TRAINING)
+            SERAC.train(llama, TRAINING)
+    resumed = SERAC.train(llama, TRAINING)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.model.state_dict().items())
 
@@ -266,28 +267,26 @@ def test_killed_training_goes_on_to_the_same_bits(llama, tmp_path, monkeypatch):
     assert not any(torch.equal(whole[name], tensor) for name, tensor in start.items())
 
     # the artefact serves its own model and settings, without training
-    monkeypatch.setattr(serac, "artefact_path", lambda lm: tmp_path / "artefact.safetensors")
+    monkeypatch.setattr(training, "committed", lambda method, model: tmp_path / "artefact.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr(serac, "train", None)
-        served = serac.trained(llama, replace(TRAINING, soft=True))
+        patch.setattr(SERAC, "train", None)
+        served = SERAC.tensors(llama, replace(TRAINING, soft=True))
         assert all(torch.equal(served[name], tensor) for name, tensor in whole.items())
-    assert serac.trained(llama, replace(TRAINING, steps=0)).keys() == whole.keys()
+    assert SERAC.tensors(llama, replace(TRAINING, steps=0)).keys() == whole.keys()
 
 
 def test_scope_learns_whose_prompt_it_is(llama, encoder):
-    """The loss of the scope, derived entry by entry in float64; a few steps lower it."""
-    import random
-
-    material = serac._material()
+    """The loss of the scope, derived entry by entry in float64."""
+    facts = serac.training_facts()
     projection = torch.nn.Parameter(0.9 * torch.eye(384))
-    found = serac.scope_loss(projection, encoder, material, 12, random.Random(3))
+    found = serac.scope_loss(projection, encoder, facts, 12, random.Random(3))
     rng = random.Random(3)
     relations = {}
-    for fact in material:
-        relations.setdefault(fact[0].relation, []).append(fact)
+    for fact in facts:
+        relations.setdefault(fact.request.relation, []).append(fact)
     chosen = [relations[name] for name in rng.sample(sorted(relations), 4)]
     batch = [fact for some in chosen for fact in rng.sample(some, min(len(some), 3))]
-    edits = [serac._told(fact, rng) for fact in batch]
+    edits = [fact.edit_prompt(rng) for fact in batch]
     right, wrong = [], []
     for index, (_, texts) in enumerate(batch):
         for text in texts:

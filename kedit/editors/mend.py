@@ -10,32 +10,25 @@ the lowest edited one run once a text.
 
 import hashlib
 import json
-import logging
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from kedit import KeditError
 from kedit.data import facts
 from kedit.data.facts import bundled
-from kedit.data.requests import EditRequest, spaced
-from kedit.editors.protocol import Editor, committed
+from kedit.data.requests import EditRequest
+from kedit.editors.cost import FLOAT, PROMPT, TARGET, Cost, Shape, reading
+from kedit.editors.training import ScoredText, TrainedEditor, Training, scored
 from kedit.model.anatomy import matrix
-from kedit.model.forward import capture, pad, skip_blocks, stop_after
+from kedit.model.forward import Hook, capture, hooked, pad, skip_blocks, stop_after
 from kedit.model.journal import Edit, EditFailed, LowRank, Restore
 from kedit.model.lm import LM
-from kedit.store import cache_folder, write_atomic
-
-log = logging.getLogger(__name__)
 
 Factors = list[tuple[Tensor, Tensor]]
 """For each edited projection (B, T, in) and (B, T, out): a pair of rows for each token of each text."""
@@ -81,73 +74,49 @@ BATCH = 32
 # The model under edit -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Text:
-    """Token ids, of which those from ``start`` on are scored."""
-
-    ids: tuple[int, ...]
-    start: int
-
-    @classmethod
-    def of(cls, lm: LM, prompt: str, target: str, whole: bool = False) -> "Text":
-        """A prompt and its target, joined as ids; the target is scored, or the ``whole`` text."""
-        head = (*lm.begin, *lm.encode(prompt))
-        return cls((*head, *lm.encode(spaced(target, prompt))), max(1, len(lm.begin)) if whole else len(head))
+def projections(lm: LM, layers: Sequence[int]) -> list[nn.Module]:
+    """The MLP projections of some blocks, from the lowest up."""
+    if min(layers) < 1:
+        raise KeditError("hyper-parameters of mend: layers must be 1 or above.")
+    parts = [part for n in sorted(layers) for part in (lm.anatomy.gate(n), lm.anatomy.up(n), lm.anatomy.down(n))]
+    return [part for part in parts if part is not None]
 
 
-class Upper:
-    """The model from the lowest edited block up; what enters that block is read once a text, and kept."""
+class UpperBlocks:
+    """The model from the lowest edited block up; what enters that block is computed once a text, and kept."""
 
     def __init__(self, lm: LM, layers: Sequence[int]):
-        if min(layers) < 1:
-            raise KeditError("hyper-parameters of mend: layers must be 1 or above.")
-        self.lm, self.below = lm, min(layers) - 1
-        parts = [part for n in sorted(layers) for part in (lm.anatomy.gate(n), lm.anatomy.up(n), lm.anatomy.down(n))]
-        self.modules: list[nn.Module] = [part for part in parts if part is not None]
+        self.lm, self.modules, self.below = lm, projections(lm, layers), min(layers) - 1
         self._states: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
-    def read(self, texts: Sequence[Text]) -> None:
+    def read(self, texts: Sequence[ScoredText]) -> None:
         """Run the blocks below on texts not yet read, those of like length together."""
         missing = sorted({text.ids for text in texts} - self._states.keys(), key=lambda ids: (len(ids), ids))
         block = self.lm.anatomy.blocks[self.below]
         starts = range(0, len(missing), BATCH)
         for start in tqdm(starts, desc="reading MEND's texts", unit="batch", disable=len(starts) < 10):
-            some = missing[start : start + BATCH]
-            ids, mask = pad(some, self.lm.device)
+            batch = missing[start : start + BATCH]
+            ids, mask = pad(batch, self.lm.device)
             with capture(self.lm, {"block": block}, inputs=False) as seen, stop_after(block):
                 self.lm.anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False)
-            self._states |= {one: s[: len(one)].clone() for one, s in zip(some, seen["block"], strict=True)}
+            self._states |= {one: s[: len(one)].clone() for one, s in zip(batch, seen["block"], strict=True)}
 
-    def say(self, texts: Sequence[Text], updates: Factors = ()) -> Tensor:
+    def logprobs(self, texts: Sequence[ScoredText], updates: Factors = ()) -> Tensor:
         """Log-probabilities (N, vocabulary) where the texts' N scored tokens are predicted.
 
         With updates for B edits, text i is read by the model with update i modulo B.
         """
         self.read(texts)
         ids, mask = pad([text.ids for text in texts], self.lm.device)
-        with self._updated(updates, len(texts)), skip_blocks(self.lm.anatomy.blocks, self.below) as injected:
+        hooks = {m: _adding(*pair, len(texts)) for m, pair in zip(self.modules, updates, strict=False)}
+        with hooked(hooks), skip_blocks(self.lm.anatomy.blocks, self.below) as injected:
             injected.states = nn.utils.rnn.pad_sequence([self._states[text.ids] for text in texts], batch_first=True)
             hidden = self.lm.anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        rows = [i for i, text in enumerate(texts) for _ in text.ids[text.start :]]
-        places = [place for text in texts for place in range(text.start - 1, len(text.ids) - 1)]
-        return self.lm.logits(hidden[rows, places]).log_softmax(-1)
+        rows, positions, _ = scored(texts)
+        return self.lm.logits(hidden[rows, positions]).log_softmax(-1)
 
-    @contextmanager
-    def _updated(self, updates: Factors, texts: int) -> Iterator[None]:
-        """Within the block, projections compute with W + sum_t g~_t x~_t^T, each text with its own sum."""
-
-        def adding(module: nn.Module, right: Tensor, left: Tensor):
-            place = next(module.parameters()).device
-            right, left = (factor.repeat(texts // len(factor), 1, 1).to(place) for factor in (right, left))
-            return lambda module, args, output: output + (args[0].float() @ right.mT @ left).to(output)
-
-        with ExitStack() as stack:
-            for module, (right, left) in zip(self.modules, updates, strict=False):
-                stack.callback(module.register_forward_hook(adding(module, right, left)).remove)
-            yield
-
-    def factors(self, texts: Sequence[Text]) -> tuple[Factors, Tensor]:
+    def factors(self, texts: Sequence[ScoredText]) -> tuple[Factors, Tensor]:
         """The projections' inputs x and output gradients g, for each text's mean NLL; and those losses (B,).
 
         For each text the gradient of W is sum_t g_t x_t^T; padding has g = 0.
@@ -155,34 +124,38 @@ class Upper:
         seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
         def record(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            if not output.requires_grad:  # the lowest projections: the graph begins here
-                output.requires_grad_()
-            seen[module] = args[0].detach(), output
+            # at the lowest projections the graph begins
+            seen[module] = args[0].detach().to(self.lm.device).float(), output.requires_grad_()
 
-        with ExitStack() as stack, torch.enable_grad():
-            for module in self.modules:
-                stack.callback(module.register_forward_hook(record).remove)
-            losses = nll(self.say(texts), texts)
+        with hooked(dict.fromkeys(self.modules, record)), torch.enable_grad():
+            losses = nll(self.logprobs(texts), texts)
             inputs, outputs = zip(*(seen[module] for module in self.modules), strict=True)
             gradients = torch.autograd.grad(losses.sum(), outputs)
-        factors = [
-            tuple(one.to(self.lm.device).float() for one in pair) for pair in zip(inputs, gradients, strict=True)
-        ]
-        return factors, losses.detach()
+        return [(x, g.to(x)) for x, g in zip(inputs, gradients, strict=True)], losses.detach()
 
 
-def text_means(values: Tensor, texts: Sequence[Text]) -> Tensor:
+def _adding(right: Tensor, left: Tensor, texts: int) -> Hook:
+    """A hook by which a projection computes with W + sum_t g~_t x~_t^T, each text with its edit's sum."""
+
+    def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        x, g = (factor.repeat(texts // len(factor), 1, 1).to(output.device) for factor in (right, left))
+        return output + (args[0].float() @ x.mT @ g).to(output)
+
+    return add
+
+
+def text_means(values: Tensor, texts: Sequence[ScoredText]) -> Tensor:
     """Mean over each text's scored tokens: (N,) -> (B,)."""
     return torch.stack([part.mean() for part in values.split([len(text.ids) - text.start for text in texts])])
 
 
-def nll(said: Tensor, texts: Sequence[Text]) -> Tensor:
+def nll(logprobs: Tensor, texts: Sequence[ScoredText]) -> Tensor:
     """Mean negative log-likelihood of each text's scored tokens: (N, vocabulary) -> (B,)."""
-    labels = torch.tensor([token for text in texts for token in text.ids[text.start :]], device=said.device)
-    return text_means(-said.gather(1, labels[:, None])[:, 0], texts)
+    labels = torch.tensor(scored(texts)[2], device=logprobs.device)
+    return text_means(-logprobs.gather(1, labels[:, None])[:, 0], texts)
 
 
-def divergence(before: Tensor, after: Tensor, texts: Sequence[Text]) -> Tensor:
+def divergence(before: Tensor, after: Tensor, texts: Sequence[ScoredText]) -> Tensor:
     """Mean KL(before || after) over each text's scored tokens: two (N, vocabulary) -> (B,)."""
     return text_means((before.exp() * (before - after)).sum(-1), texts)
 
@@ -253,29 +226,32 @@ class HyperNetwork(nn.Module):
 
     def forward(self, factors: Factors, observe: bool = False) -> Factors:
         """(x, g) -> (x~, rate * g~); rows where x or g is all zero give none. ``observe`` updates the moments."""
-        live = [((x != 0).any(-1) & (g != 0).any(-1)).nonzero(as_tuple=True) for x, g in factors]
-        rows = [torch.cat([x[where], g[where]], -1) for (x, g), where in zip(factors, live, strict=True)]
+        live = [(x != 0).any(-1) & (g != 0).any(-1) for x, g in factors]
+        rows = [torch.cat([x[at], g[at]], -1) for (x, g), at in zip(factors, live, strict=True)]
         if observe:
-            for (shape, _), some in zip(self.uses, rows, strict=True):
-                self.transforms[shape].observe(some)
+            for (shape, _), raw in zip(self.uses, rows, strict=True):
+                self.transforms[shape].observe(raw)
         updates = []
-        for (x, g), where, some, (shape, index), rate in zip(factors, live, rows, self.uses, self.rates, strict=True):
-            right, left = self.transforms[shape](some, index)
-            updates.append(
-                (torch.zeros_like(x).index_put(where, right), torch.zeros_like(g).index_put(where, rate * left))
-            )
+        for (x, g), at, raw, (shape, index), rate in zip(factors, live, rows, self.uses, self.rates, strict=True):
+            right, left = self.transforms[shape](raw, index)
+            pair = (torch.zeros_like(x), right), (torch.zeros_like(g), rate * left)
+            updates.append(tuple(zeros.index_put((at,), values) for zeros, values in pair))
         return updates
 
 
 # Training -------------------------------------------------------------------------------------------
 
 
-Drawn = tuple[Text, Text, Text]
-"""An edit, a way to ask for it, and a text to be left alone."""
+class Example(NamedTuple):
+    """An edit, a way to ask for it, and a text to be left alone."""
+
+    edit: ScoredText
+    outer: ScoredText
+    local: ScoredText
 
 
-class Draws:
-    """Training examples drawn from records.
+class Examples:
+    """Training examples, drawn from records.
 
     The edit is asked for by its own prompt, three times in four, or a paraphrase: neighbours share the
     prompt's words, so trained on paraphrases alone it succeeds on them and not on its prompt. What is
@@ -285,62 +261,61 @@ class Draws:
 
     def __init__(self, lm: LM, records: Sequence[EditRequest]):
         self.records = records
-        self.edits = [Text.of(lm, r.text, r.target_new) for r in records]
-        self.outers = [[Text.of(lm, prompt, r.target_new) for prompt in r.paraphrases] for r in records]
-        self.neighbours = [[Text.of(lm, *pair) for pair in r.neighbours] for r in records]
-        self.facts = [Text.of(lm, r.text, r.target_true, whole=True) for r in records]
+        self.edits = [ScoredText.of(lm, r.text, r.target_new) for r in records]
+        self.outers = [[ScoredText.of(lm, prompt, r.target_new) for prompt in r.paraphrases] for r in records]
+        self.neighbours = [[ScoredText.of(lm, *pair) for pair in r.neighbours] for r in records]
+        self.facts = [ScoredText.of(lm, r.text, r.target_true, whole=True) for r in records]
 
-    def texts(self) -> list[Text]:
+    def texts(self) -> list[ScoredText]:
         """Every text that can be drawn."""
         return [*self.edits, *self.facts, *(text for texts in (*self.outers, *self.neighbours) for text in texts)]
 
-    def draw(self, rng: random.Random) -> Drawn:
+    def draw(self, rng: random.Random) -> Example:
         """One example."""
         index = rng.randrange(len(self.records))
         edit = self.edits[index]
         outer = edit if rng.random() < 0.75 else rng.choice(self.outers[index])
         if rng.random() < 0.5:
-            local = rng.choice(self.neighbours[index])
-        else:
-            own = self.records[index].relation
-            local = self.facts[rng.choice([n for n, record in enumerate(self.records) if record.relation != own])]
-        return edit, outer, local
+            return Example(edit, outer, rng.choice(self.neighbours[index]))
+        relation = self.records[index].relation
+        pairs = zip(self.facts, self.records, strict=True)
+        return Example(edit, outer, rng.choice([fact for fact, record in pairs if record.relation != relation]))
 
 
-def objective(upper: Upper, network: HyperNetwork, drawn: Sequence[Drawn], hparams: Hparams) -> Tensor:
-    """cedit * NLL(asked after the edit) + cloc * KL(before || after), mean over draws (eq. 4)."""
-    edits, outers, others = zip(*drawn, strict=True)
+def objective(upper: UpperBlocks, network: HyperNetwork, examples: Sequence[Example], hparams: Hparams) -> Tensor:
+    """cedit * NLL(asked after the edit) + cloc * KL(before || after), mean over examples (eq. 4)."""
+    edits, outers, locals_ = zip(*examples, strict=True)
     updates = network(upper.factors(edits)[0], observe=True)
     with torch.no_grad():
-        before = upper.say(others)
-    after = upper.say([*outers, *others], updates)
-    said, now = after.split([len(after) - len(before), len(before)])
-    return (hparams.cedit * nll(said, outers) + hparams.cloc * divergence(before, now, others)).mean()
+        before = upper.logprobs(locals_)
+    after = upper.logprobs([*outers, *locals_], updates)
+    asked, after = after.split([len(after) - len(before), len(before)])
+    return (hparams.cedit * nll(asked, outers) + hparams.cloc * divergence(before, after, locals_)).mean()
 
 
 @torch.no_grad()
-def validate(upper: Upper, network: HyperNetwork, hparams: Hparams) -> dict[str, float]:
+def validate(upper: UpperBlocks, network: HyperNetwork, hparams: Hparams) -> dict[str, float]:
     """Single edits of the validation split: loss, and how many succeed.
 
     The loss is that of training, on the prompt, one paraphrase and the answer to one neighbour; success
-    there is that of kedit/success.py, teacher-forced.
+    there is that of kedit/evaluation/success.py, teacher-forced.
     """
-    records = bundled("validation")
-    asked = [(r.text, r.paraphrases[0], r.neighbours[0][0]) for r in records]
-    said = [(r.target_new, r.target_true) for r in records]
-    # (record, said, asked)
+    # for each record, new and true object after the prompt, a paraphrase and a neighbour's prompt
     texts = [
-        [[Text.of(upper.lm, prompt, target) for prompt in prompts] for target in targets]
-        for prompts, targets in zip(asked, said, strict=True)
+        [
+            ScoredText.of(upper.lm, prompt, target)
+            for target in (r.target_new, r.target_true)
+            for prompt in (r.text, r.paraphrases[0], r.neighbours[0][0])
+        ]
+        for r in bundled("validation")
     ]
-    upper.read([text for record in texts for row in record for text in row])
+    upper.read([text for record in texts for text in record])
     losses, successes = [], []
-    for start in range(0, len(records), hparams.accumulate):
-        some = texts[start : start + hparams.accumulate]
-        every = [record[target][prompt] for target in range(2) for prompt in range(3) for record in some]
-        neighbours = every[-len(some) :]
-        updates = network(upper.factors(every[: len(some)])[0])
-        before, after = upper.say(neighbours), upper.say(every, updates)
+    for start in range(0, len(texts), hparams.accumulate):
+        columns = list(zip(*texts[start : start + hparams.accumulate], strict=True))
+        updates = network(upper.factors(columns[0])[0])
+        every, neighbours = [text for column in columns for text in column], columns[-1]
+        before, after = upper.logprobs(neighbours), upper.logprobs(every, updates)
         new, true = nll(after, every).view(2, 3, -1)
         kl = divergence(before, after[-len(before) :], neighbours)
         losses.append(hparams.cedit * (new[0] + new[1]) / 2 + hparams.cloc * kl)
@@ -354,161 +329,69 @@ def validate(upper: Upper, network: HyperNetwork, hparams: Hparams) -> dict[str,
     }
 
 
-def settings(hparams: Hparams) -> str:
-    """Hash of what training depends on besides the model: its settings and the facts."""
-    values = {name: value for name, value in asdict(hparams).items() if name != "accumulate_edits"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + facts.BUNDLED.read_bytes()).hexdigest()[:16]
-
-
-def identity(lm: LM, hparams: Hparams) -> dict[str, str]:
-    """What a trained network is known by."""
-    return {"model": lm.fingerprint, "settings": settings(hparams)}
-
-
-def _folder(lm: LM, hparams: Hparams) -> Path:
-    return cache_folder().joinpath("mend", *identity(lm, hparams).values())
-
-
-def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # one key of metadata: safetensors writes several in any order, and the same training must give the same bytes
-    write_atomic(path, safetensors.torch.save(tensors, {"mend": json.dumps(about, sort_keys=True)}))
-
-
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["mend"])  # noqa: SIM118
-
-
-class Run:
-    """Training under way: all that a checkpoint holds."""
-
-    def __init__(self, upper: Upper, hparams: Hparams):
-        self.network = HyperNetwork(upper.modules, hparams).to(upper.lm.device)
-        rest = [parameter for name, parameter in self.network.named_parameters() if name != "rates"]
-        # one Adam with two groups is an Adam for the networks and another for the rates
-        groups = [{"params": rest, "lr": hparams.lr}, {"params": [self.network.rates], "lr": hparams.lr_lr}]
-        self.optimiser = torch.optim.Adam(groups)
-        self.best: dict[str, Tensor] = {}
-        self.step, self.least = 0, float("inf")
-
-    def save(self, path: Path) -> None:
-        """Write the checkpoint."""
-        tensors = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
-        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
-        for index, moments in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam/{index}/{name}": tensor for name, tensor in moments.items()}
-        _save(path, tensors, {"step": self.step, "least": self.least})
-
-    def load(self, path: Path) -> None:
-        """Go on from the checkpoint."""
-        tensors, about = _load(path)
-        self.step, self.least = about["step"], about["least"]
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            part, _, rest = name.rpartition("/")
-            parts.setdefault(part, {})[rest] = tensor
-        self.network.load_state_dict(parts.pop("network"))
-        self.best = parts.pop("best", {})
-        state = {int(part.removeprefix("adam/")): moments for part, moments in parts.items()}
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
-
-
-def train(lm: LM, hparams: Hparams, *, artefact: Path | None = None, fresh: bool = False) -> HyperNetwork:
-    """Train a hyper-network on the bundled facts; killed and started again, it goes on to the same result.
-
-    A step's examples depend on the seed and its number alone. What is returned is the state with the
-    least validation loss (``validate``), also kept in the cache by model and settings.
-
-    Args:
-        artefact: write the result to this file as well.
-        fresh: begin anew, whatever the cache holds.
-
-    Raises:
-        RuntimeError: the model has edits; MEND is trained on the unedited model.
-        KeditError: the training diverged.
-    """
-    if lm.journal.edits:
-        raise RuntimeError("MEND is trained on the unedited model; undo the edits first")
-    checkpoint = _folder(lm, hparams) / "checkpoint.safetensors"
-    upper, draws = Upper(lm, hparams.layers), Draws(lm, bundled("train"))
-    run = Run(upper, hparams)
-    if checkpoint.exists() and not fresh:
-        run.load(checkpoint)
-    if run.step < hparams.steps:
-        upper.read(draws.texts())  # all at once: the last bits depend on which texts are read together
-    with tqdm(total=hparams.steps, initial=run.step, desc="training MEND", unit="step", mininterval=1) as bar:
-        while run.step < hparams.steps:
-            rng = random.Random(f"{hparams.seed}/{run.step}")
-            drawn = [draws.draw(rng) for _ in range(hparams.accumulate)]
-            for group, rate in zip(run.optimiser.param_groups, (hparams.lr, hparams.lr_lr), strict=True):
-                group["lr"] = rate * (1 - run.step / hparams.steps)
-            run.optimiser.zero_grad()
-            loss = objective(upper, run.network, drawn, hparams)
-            loss.backward()
-            nn.utils.clip_grad_norm_(run.network.parameters(), hparams.clip)
-            run.optimiser.step()
-            run.step += 1
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            bar.update()
-            if run.step % hparams.validate == 0 or run.step == hparams.steps:
-                found = validate(upper, run.network, hparams)
-                log.info("MEND, step %d, validation: %s", run.step, json.dumps(found))
-                if found["loss"] < run.least:
-                    run.least = found["loss"]
-                    run.best = {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
-                run.save(checkpoint)
-    if not run.best:
-        raise KeditError("training MEND diverged; lower lr and lr_lr in params/methods/mend.yaml.")
-    run.network.load_state_dict(run.best)
-    for path in filter(None, (checkpoint.with_name("network.safetensors"), artefact)):
-        _save(path, run.best, identity(lm, hparams))
-    return run.network
-
-
-def artefact_path(lm: LM) -> Path:
-    """Where a model's committed hyper-network is, if it has one."""
-    return committed("mend", lm.name)
-
-
-def trained(lm: LM, hparams: Hparams) -> HyperNetwork:
-    """The hyper-network for a model and settings: committed, or in the cache, or trained now."""
-    for path in (artefact_path(lm), _folder(lm, hparams) / "network.safetensors"):
-        if path.exists():
-            tensors, about = _load(path)
-            if about == identity(lm, hparams):
-                network = HyperNetwork(Upper(lm, hparams.layers).modules, hparams).to(lm.device)
-                network.load_state_dict(tensors)
-                return network
-            log.warning("%s was trained for another model, other settings or other facts", path)
-    return train(lm, hparams)
-
-
 # The editor -----------------------------------------------------------------------------------------
 
 
-class MEND(Editor):
+class MEND(TrainedEditor):
     """W gains rate * sum_t g~_t x~_t^T in the MLP projections of some blocks, from one gradient."""
 
     name = "mend"
-    trained = True
+    style = ("#cc79a7", "v", "-")
     Hparams = Hparams
+    edit_hparams = ("accumulate_edits",)
 
-    def key(self) -> dict[str, Any]:
-        """What the edits depend on, the facts trained on included."""
-        return {**super().key(), "training": settings(self.hparams)}
+    @classmethod
+    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
+        """One gradient an edit; a step of training reads the edit, its outcome and its locality, there and back."""
+        text = PROMPT + TARGET
+        matrices = len(hparams.layers) * shape.mlp
+        networks = hparams.rank * 4 * (shape.d + shape.m)
+        return Cost(
+            edit=reading(shape, text, text) * 2,
+            once=reading(shape, 4 * text, 4 * text) * (3 * hparams.steps * hparams.accumulate),
+            journal_bytes=7 * (shape.d + shape.m) * FLOAT * matrices,  # as many factors as the text has tokens
+            # originals; networks, their gradients and Adam's moments
+            device_bytes=matrices * 2 * FLOAT * shape.d * shape.m + 4 * FLOAT * networks,
+        )
+
+    @classmethod
+    def settings(cls, hparams: Hparams) -> str:
+        """As in ``TrainedEditor``, hashed as it was when the committed networks were trained."""
+        values = {name: value for name, value in asdict(hparams).items() if name not in cls.edit_hparams}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + facts.BUNDLED.read_bytes()).hexdigest()[:16]
+
+    @classmethod
+    def training(cls, lm: LM, hparams: Hparams) -> Training:
+        """Single edits of the train split, ``accumulate`` a step, and single edits of the validation split."""
+        upper, examples = UpperBlocks(lm, hparams.layers), Examples(lm, bundled("train"))
+        network = HyperNetwork(upper.modules, hparams).to(lm.device)
+
+        def loss(rng: random.Random) -> dict[str, Tensor]:
+            drawn = [examples.draw(rng) for _ in range(hparams.accumulate)]
+            return {"loss": objective(upper, network, drawn, hparams)}
+
+        return Training(
+            tensors=network.state_dict(keep_vars=True),
+            lr={name: hparams.lr_lr if name == "rates" else hparams.lr for name, _ in network.named_parameters()},
+            loss=loss,
+            begin=lambda: upper.read(examples.texts()),  # at once: last bits depend on which are read together
+            every=hparams.validate,
+            clip=hparams.clip,
+            validate=lambda: validate(upper, network, hparams),
+        )
 
     def _prepare(self) -> None:
-        self.network = trained(self.lm, self.hparams)
+        self.network = HyperNetwork(projections(self.lm, self.hparams.layers), self.hparams).to(self.lm.device)
+        self.network.load_state_dict(self.tensors(self.lm, self.hparams))
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         lm = self.lm
-        upper = Upper(lm, self.hparams.layers)
+        upper = UpperBlocks(lm, self.hparams.layers)
         names = [lm.anatomy.name(module) for module in upper.modules]
         if not self.hparams.accumulate_edits and lm.journal.edits:
             for name in names:
                 edit.write(Restore(name))
-        factors, losses = upper.factors([Text.of(lm, request.text, request.target_new)])
+        factors, losses = upper.factors([ScoredText.of(lm, request.text, request.target_new)])
         with torch.no_grad():
             updates = self.network(factors)
         changes, sizes = [], []

@@ -1,0 +1,254 @@
+"""Training for the editors that need it: one loop, one file format, one way to know what a file was trained for.
+
+MEND's hyper-network and SERAC's parts are trained once for a model and settings. What comes of it is committed
+(``kedit/data/<method>-<model>.safetensors``) or lies in the cache, and names the model and settings it belongs to.
+"""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from kedit import KeditError
+from kedit.data import facts
+from kedit.data.requests import spaced
+from kedit.editors.protocol import Editor, committed
+from kedit.model.lm import LM
+from kedit.store import cache_folder, digest, write_atomic
+
+log = logging.getLogger(__name__)
+
+# Texts ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """Token ids, of which those from ``start`` on are scored."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @classmethod
+    def of(cls, lm: LM, prompt: str, target: str, before: str = "", whole: bool = False) -> "ScoredText":
+        """A prompt and its target, each tokenised alone; the target is scored, or the ``whole`` text.
+
+        ``before`` is context that stands before the prompt, tokenised alone as well.
+        """
+        head = (*lm.begin, *lm.encode(before), *lm.encode(prompt))
+        return cls((*head, *lm.encode(spaced(target, prompt))), max(1, len(lm.begin)) if whole else len(head))
+
+
+def scored(texts: Sequence[ScoredText]) -> tuple[list[int], list[int], list[int]]:
+    """Of every scored token: its text's index, the position that predicts it, and its id."""
+    places = [(row, at) for row, text in enumerate(texts) for at in range(text.start, len(text.ids))]
+    return [row for row, _ in places], [at - 1 for _, at in places], [texts[row].ids[at] for row, at in places]
+
+
+# Files ----------------------------------------------------------------------------------------------
+
+
+def save(path: Path, method: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write tensors, and under the method's name what is to be known of them."""
+    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # one key of metadata: safetensors writes several in any order, and the same training must give the same bytes
+    write_atomic(path, safetensors.torch.save(data, {method: json.dumps(about, sort_keys=True)}))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and what is to be known of them."""
+    with safe_open(path, "pt") as file:
+        (about,) = file.metadata().values()
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)  # noqa: SIM118
+
+
+# The loop -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how.
+
+    Attributes:
+        tensors: all that changes, by name: parameters, and running moments if there are any.
+        lr: the first learning rate of each parameter, by name; all fall linearly to zero.
+        loss: the terms of a step's loss, whose sum is minimised; examples are drawn by the given generator,
+            which depends on the seed and the step's number alone.
+        begin: what to do before the first step of this process.
+        every: steps between checkpoints, and between validations.
+        clip: largest norm of the gradient.
+        validate: numbers on held-out examples; the state with the least ``loss`` among them is the result.
+            Without it the last state is.
+    """
+
+    tensors: Mapping[str, Tensor]
+    lr: Mapping[str, float]
+    loss: Callable[[random.Random], dict[str, Tensor]]
+    begin: Callable[[], Any]
+    every: int
+    clip: float | None = None
+    validate: Callable[[], dict[str, float]] | None = None
+
+
+class Trainer:
+    """A training under way, by Adam; its checkpoint holds all of it.
+
+    Args:
+        hparams: with ``steps`` and ``seed``.
+    """
+
+    def __init__(self, training: Training, hparams: Any, editor: type[Editor], checkpoint: Path):
+        self.training, self.hparams, self.editor, self.checkpoint = training, hparams, editor, checkpoint
+        self.parameters = {name: training.tensors[name] for name in training.lr}
+        self.optimiser = torch.optim.Adam([{"params": [parameter]} for parameter in self.parameters.values()])
+        self.best: dict[str, Tensor] = {}
+        self.step, self.least = 0, float("inf")
+        if checkpoint.exists():
+            self._load()
+
+    def _save(self) -> None:
+        adam = {f"adam/{name}": self.optimiser.state[parameter] for name, parameter in self.parameters.items()}
+        parts = {"now": self.training.tensors, "best": self.best, **adam}
+        tensors = {f"{part}/{name}": tensor for part, some in parts.items() for name, tensor in some.items()}
+        save(self.checkpoint, self.editor.name, tensors, {"step": self.step, "least": self.least})
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        tensors, about = load(self.checkpoint)
+        self.step, self.least = about["step"], about["least"]
+        parts: dict[str, dict[str, Tensor]] = {"best": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.rpartition("/")
+            parts.setdefault(part, {})[rest] = tensor
+        for name, tensor in self.training.tensors.items():
+            tensor.copy_(parts["now"][name])
+        self.best = parts["best"]
+        adam = {index: parts[f"adam/{name}"] for index, name in enumerate(self.parameters)}
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": adam})
+
+    def run(self) -> dict[str, Tensor]:
+        """Train to the last step.
+
+        Returns:
+            the best state, or the last one where nothing is validated.
+
+        Raises:
+            KeditError: the training diverged.
+        """
+        training, label, steps = self.training, self.editor.label, self.hparams.steps
+        if self.step < steps:
+            training.begin()
+            bar = tqdm(
+                range(self.step, steps), f"training {label}", steps, initial=self.step, unit="step", mininterval=1
+            )
+            for step in bar:
+                bar.set_postfix(self._update(step), refresh=False)
+                self.step = step + 1
+                if self.step % training.every == 0 or self.step == steps:
+                    self._validate()
+                    self._save()
+        result = self.best if training.validate else {name: t.detach() for name, t in training.tensors.items()}
+        if not result or not all(tensor.isfinite().all() for tensor in result.values()):
+            raise KeditError(f"training {label} diverged; lower the rates in params/methods/{self.editor.name}.yaml.")
+        return result
+
+    def _update(self, step: int) -> dict[str, str]:
+        """One step of Adam; the terms of its loss, to be shown."""
+        for group, lr in zip(self.optimiser.param_groups, self.training.lr.values(), strict=True):
+            group["lr"] = lr * (1 - step / self.hparams.steps)
+        self.optimiser.zero_grad()
+        terms = self.training.loss(random.Random(f"{self.hparams.seed}/{step}"))
+        sum(terms.values()).backward()
+        if self.training.clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.training.clip)
+        self.optimiser.step()
+        return {name: f"{term.item():.3f}" for name, term in terms.items()}
+
+    def _validate(self) -> None:
+        if self.training.validate:
+            numbers = self.training.validate()
+            log.info("%s, step %d, validation: %s", self.editor.label, self.step, json.dumps(numbers))
+            if numbers["loss"] < self.least:
+                self.least = numbers["loss"]
+                self.best = {name: tensor.detach().clone() for name, tensor in self.training.tensors.items()}
+
+
+# The editor -----------------------------------------------------------------------------------------
+
+
+class TrainedEditor(Editor):
+    """An editor with tensors that are trained once for a model and settings. Subclasses say how: ``training``."""
+
+    trained = True
+    edit_hparams: ClassVar[tuple[str, ...]] = ()
+    """Hyper-parameters of the edits alone, on which the training does not depend."""
+
+    @classmethod
+    def training(cls, lm: LM, hparams: Any) -> Training:
+        """How the tensors are trained."""
+        raise NotImplementedError
+
+    @classmethod
+    def settings(cls, hparams: Any) -> str:
+        """Hash of what the training depends on besides the model: its hyper-parameters and the bundled facts."""
+        values = {name: value for name, value in asdict(hparams).items() if name not in cls.edit_hparams}
+        return digest(cls.name, values, hashlib.sha256(facts.BUNDLED.read_bytes()).hexdigest())[:16]
+
+    @classmethod
+    def identity(cls, lm: LM, hparams: Any) -> dict[str, str]:
+        """What trained tensors are known by."""
+        return {"model": lm.fingerprint, "settings": cls.settings(hparams)}
+
+    @classmethod
+    def recipe(cls, hparams: Any, statistics: Mapping[str, Any], contexts: Sequence[str] | None = None) -> dict:
+        """What edits depend on, the facts trained on included."""
+        return {**super().recipe(hparams, statistics, contexts), "training": cls.settings(hparams)}
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def train(cls, lm: LM, hparams: Any, *, artefact: Path | None = None) -> dict[str, Tensor]:
+        """Train on the bundled facts; killed and started again, it goes on to the same result.
+
+        A step's examples depend on the seed and its number alone. The model itself stays as it is. The cache
+        keeps the training by model and settings, so that one already done costs nothing.
+
+        Args:
+            artefact: write the result to this file as well.
+
+        Returns:
+            the trained tensors by name.
+
+        Raises:
+            RuntimeError: the model has edits; training needs the unedited one.
+            KeditError: the training diverged.
+        """
+        identity = cls.identity(lm, hparams)
+        checkpoint = cache_folder().joinpath(cls.name, *identity.values(), "training.safetensors")
+        trainer = Trainer(cls.training(lm, hparams), hparams, cls, checkpoint)
+        if lm.journal.edits and trainer.step < hparams.steps:
+            raise RuntimeError(f"{cls.label} is trained on the unedited model; undo the edits first")
+        tensors = trainer.run()
+        if artefact:
+            save(artefact, cls.name, tensors, identity)
+        return tensors
+
+    @classmethod
+    def tensors(cls, lm: LM, hparams: Any) -> dict[str, Tensor]:
+        """The trained tensors for a model and settings: committed, or in the cache, or trained now."""
+        path = committed(cls.name, lm.name)
+        if path.exists():
+            tensors, about = load(path)
+            if about == cls.identity(lm, hparams):
+                return tensors
+            log.warning("%s was trained for another model, other settings or other facts", path)
+        return cls.train(lm, hparams)
