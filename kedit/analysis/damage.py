@@ -2,135 +2,147 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats as scipy_stats
+from scipy import stats
 
-from kedit.analysis.scores import COLLAPSED, RESAMPLES, kept, table
+from kedit.analysis.scores import COLLAPSED, bootstrap, outcomes, table
+from kedit.editors import kind_of
 from kedit.study.results import Results
 
-# Structure damage: what breaks first? ----------------------------------------------------------------
 
-# measure -> (its value without edits, the value from which it gives the alarm). Doubling for ratios, a
-# tenth of the matrix for the change, a tenth of the way to orthogonal (or half the state's length) for the
-# states, a nat for the answers: set before any run was seen, not fitted to one.
-MEASURES = {
-    "relative": (0.0, 0.1),
-    "spectral": (1.0, 2.0),
-    "condition": (1.0, 2.0),
-    "cosine": (0.0, 0.1),
-    "l2": (0.0, 0.5),
-    "perplexity": (1.0, 2.0),
-    "entropy": (0.0, 1.0),
-    "kl": (0.0, 1.0),
+@dataclass(frozen=True)
+class Indicator:
+    """One number for the damage: its value without edits, where it gives the alarm, and its panel's title and axis.
+
+    Ratios are drawn on logarithmic axes; distances on axes that are linear up to 0.01, so that no damage at all
+    has its place on them.
+    """
+
+    undamaged: float
+    alarm: float
+    title: str
+    axis: str
+
+
+INDICATORS = {
+    "relative": Indicator(0.0, 0.1, "weights: |dW| / |W|", "symlog"),
+    "spectral": Indicator(1.0, 2.0, "spectral norm, ratio", "log"),
+    "condition": Indicator(1.0, 2.0, "condition number, ratio", "log"),
+    "cosine": Indicator(0.0, 0.1, "states: cosine distance", "symlog"),
+    "l2": Indicator(0.0, 0.5, "states: relative distance", "symlog"),
+    "perplexity": Indicator(1.0, 2.0, "perplexity, ratio", "log"),
+    "entropy": Indicator(0.0, 1.0, "entropy, change (nats)", "symlog"),
+    "kl": Indicator(0.0, 1.0, "KL from unedited (nats)", "symlog"),
 }
+"""Alarms: doubling for ratios, a tenth of the matrix for the change, a tenth of the way to orthogonal (or half the
+state's length) for the states, a nat for the answers: set before any run was seen, not fitted to one."""
 
 
 def damage(items: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """One number a measure from the items of ``kedit.damage.measure``; without edits those of ``MEASURES``.
+    """Every indicator from the items of ``kedit.evaluation.damage.measure``.
 
     Weights (``relative``, ``spectral``, ``condition``): the worst matrix. States (``cosine``, ``l2``): the last
     block, whose output is unembedded. Answers: ``perplexity`` (ratio to the unedited model's on the same
-    tokens), ``entropy`` (size of its change, nats), ``kl`` (nats). ``routed``: share of passages that a
-    memory took over. What is not a number, because the model is broken, is infinite damage.
+    tokens), ``entropy`` (size of its change, nats), ``kl`` (nats). What is not a number, because the model is
+    broken, is infinite damage.
     """
-    kinds: dict[str, list[dict[str, Any]]] = {"weight": [], "layer": [], "text": []}
-    for item in items:
-        kinds[item["kind"]].append(item)
-    found = {
-        name: float(np.max([item[name] for item in kinds["weight"]] or MEASURES[name][0]))
-        for name in ("relative", "spectral", "condition")
-    }
-    found |= {name: kinds["layer"][-1][name] for name in ("cosine", "l2")}
-    tokens = [item["tokens"] for item in kinds["text"]]
+    weights, layers, texts = ([i for i in items if i["kind"] == kind] for kind in ("weight", "layer", "text"))
+    tokens = [text["tokens"] for text in texts]
 
     def mean(name: str) -> float:
-        return float(np.average([item[name] for item in kinds["text"]], weights=tokens))
+        return float(np.average([text[name] for text in texts], weights=tokens))
 
+    found = {
+        name: float(np.max([weight[name] for weight in weights] or INDICATORS[name].undamaged))
+        for name in ("relative", "spectral", "condition")
+    }
+    found |= {name: layers[-1][name] for name in ("cosine", "l2")}
     with np.errstate(over="ignore"):
         found["perplexity"] = float(np.exp(mean("nll") - mean("nll_unedited")))
     found |= {"entropy": abs(mean("entropy") - mean("entropy_unedited")), "kl": mean("kl")}
-    found = {name: math.inf if math.isnan(value) else value for name, value in found.items()}
-    return found | {"routed": float(np.mean([item["routed"] for item in kinds["text"]]))}
+    return {name: math.inf if math.isnan(value) else value for name, value in found.items()}
+
+
+def ability_kept(rows: pd.DataFrame) -> pd.DataFrame:
+    """The ability score kept at each checkpoint: 1 all of what the unedited model has above chance, 0 none.
+
+    Args:
+        rows: of ``scores.table``.
+
+    Returns:
+        columns model, method, variant, order, edits and ``kept``, the mean over the benchmarks on which the
+        unedited model is above chance and off the floor; a benchmark that failed has kept nothing.
+    """
+    rows = rows[(rows.benchmark != "edit") & (rows.status != "floor")].copy()
+    base = rows.value - rows.delta
+    rows["kept"] = (rows.value - rows.chance) / (base - rows.chance)
+    rows.loc[rows.status == "failed", "kept"] = 0.0
+    place = ["model", "method", "variant", "order", "edits"]
+    return rows[base > rows.chance].groupby(place, sort=False).kept.mean().reset_index()
 
 
 def checkpoints(results: Results) -> pd.DataFrame:
-    """Every checkpoint's damage (``damage``, where it was measured) beside the ability ``kept``, for each order."""
-    found = {}
-    for cell in results.cells:
-        if cell["benchmark"] == "structure":
-            found[cell["model"], cell["method"], cell["variant"], cell["order"], cell["edits"]] = damage(cell["items"])
-    rows = []
-    for row in kept(table(results)).to_dict("records"):
-        place = (row["model"], row["method"], row["variant"], row["order"], row["edits"])
-        rows.append(row | found[place if row["edits"] else (row["model"], None, None, None, 0)])
-    return pd.DataFrame(rows)
+    """Every checkpoint's damage beside the ability ``kept``, for each order."""
+    found = [place | damage(items) for place, _, items, _ in outcomes(results, ["structure"])]
+    return ability_kept(table(results)).merge(pd.DataFrame(found))
 
 
 def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
-    """Which measure of damage predicts collapse, and how early?
+    """Which indicator of damage predicts collapse, and how early?
 
     Args:
         checkpoints: one row a checkpoint: columns ``model``, ``method``, ``variant`` and ``order`` as far as
-            there (together a trajectory), ``edits``, ``kept`` (as ``kept`` finds it) and any of ``MEASURES``.
-            Checkpoints without edits and the control are left out, being unedited by definition. Damage is
-            cheaper than ability: ``kept`` may be missing where only damage was measured, and then helps to
-            see when a threshold is crossed (a lead is never longer than to the first checkpoint that shows
+            there (together a trajectory), ``edits``, ``kept`` (as ``ability_kept`` finds it) and any of
+            ``INDICATORS``. Checkpoints without edits and the control are left out, being unedited by definition.
+            Damage is cheaper than ability: ``kept`` may be missing where only damage was measured, and then helps
+            to see when an alarm is crossed (a lead is never longer than to the first checkpoint that shows
             the collapse, which may have come before).
 
     Returns:
-        one row a measure, the strongest first: ``rho``, Spearman's rank correlation with ``kept`` over all
-        checkpoints (negative: more damage, less ability), ``rho_low`` and ``rho_high`` its 95% percentile
-        bootstrap interval over whole trajectories (the checkpoints of one depend on each other), ``n``
-        checkpoints in ``trajectories``. Of the trajectories that collapse (first checkpoint with ``kept``
-        under ``COLLAPSED``), ``collapsed`` in number: how many cross the measure's ``threshold`` ``before``
-        that checkpoint, and the median ``lead`` in edits of those that cross it at all (0 at the same
-        checkpoint, negative after it). ``false_alarms``: trajectories that cross it and do not collapse.
+        one row an indicator (``measure``), the strongest first: ``rho``, Spearman's rank correlation with ``kept``
+        over all checkpoints (negative: more damage, less ability), ``rho_low`` and ``rho_high`` its 95% percentile
+        bootstrap interval over whole trajectories (the checkpoints of one depend on each other). Of the
+        trajectories that collapse (first checkpoint with ``kept`` under ``COLLAPSED``), ``collapsed`` in number:
+        how many cross the alarm's ``threshold`` ``before`` that checkpoint, and the median ``lead`` in edits of
+        those that cross it at all (0 at the same checkpoint, negative after it). ``false_alarms``: trajectories
+        that cross it and do not collapse.
     """
     place = [name for name in ("model", "method", "variant", "order") if name in checkpoints]
-    edited = (checkpoints.edits > 0) & (checkpoints.method != "control")
+    edited = (checkpoints.edits > 0) & checkpoints.method.map(lambda method: kind_of(method).edits)
     frame = checkpoints[edited].sort_values("edits", kind="stable")
     trajectories = [own for _, own in frame.groupby(place, sort=False, dropna=False)]
     rows = []
-    for measure, (_, threshold) in MEASURES.items():
-        if measure not in frame:
+    for name, indicator in INDICATORS.items():
+        if name not in frame:
             continue
-        row = {"measure": measure, **_rank_correlation(trajectories, measure), "n": int(frame.kept.count())}
-        leads, collapsed, alarms = [], 0, 0
+        leads, collapsed, false_alarms = [], 0, 0
         for own in trajectories:
-            fallen, crossed = own.edits[own.kept < COLLAPSED], own.edits[own[measure] >= threshold]
+            fallen, crossed = own.edits[own.kept < COLLAPSED], own.edits[own[name] >= indicator.alarm]
             collapsed += len(fallen) > 0
-            alarms += len(crossed) > 0 and not len(fallen)
+            false_alarms += len(crossed) > 0 and not len(fallen)
             if len(fallen) and len(crossed):
                 leads.append(int(fallen.iloc[0] - crossed.iloc[0]))
-        row |= {"trajectories": len(trajectories), "collapsed": collapsed, "threshold": threshold}
-        row |= {"before": sum(lead > 0 for lead in leads), "lead": float(np.median(leads)) if leads else math.nan}
-        rows.append(row | {"false_alarms": alarms})
+        row = {"measure": name, **_rank_correlation(trajectories, name), "collapsed": collapsed}
+        row |= {"threshold": indicator.alarm, "before": sum(lead > 0 for lead in leads)}
+        row |= {"lead": float(np.median(leads)) if leads else math.nan, "false_alarms": false_alarms}
+        rows.append(row)
     return pd.DataFrame(rows).sort_values("rho", kind="stable", ignore_index=True)
 
 
-def _rank_correlation(trajectories: Sequence[pd.DataFrame], measure: str) -> dict[str, float]:
-    """Spearman's rho of a measure and the ability kept, with its bootstrap interval over trajectories."""
-    pairs = [own[[measure, "kept"]].dropna().to_numpy(float) for own in trajectories]
+def _rank_correlation(trajectories: Sequence[pd.DataFrame], name: str) -> dict[str, float]:
+    """Spearman's rho of an indicator and the ability kept, with its bootstrap interval over trajectories."""
+    pairs = [own[[name, "kept"]].dropna().to_numpy(float) for own in trajectories]
 
     def rho(which: np.ndarray) -> float:
-        ranks = scipy_stats.rankdata(np.concatenate([pairs[index] for index in which]), axis=0)
+        ranks = stats.rankdata(np.concatenate([pairs[index] for index in which]), axis=0)
         if np.ptp(ranks, axis=0).min() == 0:
             return 0.0  # what does not vary predicts nothing
         return float(np.corrcoef(ranks.T)[0, 1])
 
     every = np.arange(len(pairs))
-    low = high = math.nan
-    if len(pairs) > 1:
-        interval = scipy_stats.bootstrap(
-            (every,),
-            rho,
-            vectorized=False,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        low, high = float(interval.low), float(interval.high)
+    low, high = bootstrap((every,), rho)
     return {"rho": rho(every), "rho_low": low, "rho_high": high}

@@ -7,22 +7,23 @@ what the unedited model had above chance.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from zlib import crc32
 
 import numpy as np
 import pandas as pd
-from scipy import stats as scipy_stats
+from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
-from kedit.analysis.scores import COLLAPSED, off_chance
+from kedit.analysis.scores import COLLAPSED, FLOOR, RESAMPLES, off_chance, outcomes, shown
+from kedit.editors import kind_of
 from kedit.evaluation import benchmarks
+from kedit.evaluation.records import Item
 from kedit.study.results import Results
 
-RESAMPLES = 2000
 LEVEL = 0.05
 EDITED = slice(1, None)
 """All checkpoints but the unedited one."""
@@ -34,29 +35,12 @@ margin that forty to a hundred items can confirm.
 """
 
 
-ASPECTS = {
-    "knowledge": ("mmlu",),
-    "reasoning": ("bbh",),
-    "arithmetic": ("gsm8k",),
-    "commonsense": ("csqa",),
-    "recall": ("triviaqa",),
-}
-"""Aspects of ability (the study's Figure 5) and the benchmarks that show them, whatever the suite."""
-
-
-def aspect_of(benchmark: str) -> str | None:
-    """The aspect that a benchmark shows, by the last part of its name; None for the safety ones."""
-    last = benchmark.rpartition("_")[2]
-    return next((aspect for aspect, names in ASPECTS.items() if last in names), None)
-
-
 @dataclass
 class Ability:
     """One benchmark along one method's trajectories on one model.
 
     Attributes:
         edits: checkpoints, the first being 0.
-        base: (items,) values of the unedited model.
         values: (checkpoints, orders, items); the unedited model's under 0.
     """
 
@@ -64,15 +48,17 @@ class Ability:
     method: str
     variant: str
     benchmark: str
-    chance: float
     edits: list[int]
-    base: np.ndarray
     values: np.ndarray = field(repr=False)
+
+    def __post_init__(self):
+        self.chance = benchmarks.metadata(self.benchmark)["chance"]
+        self.base = self.values[0, 0]
 
     @property
     def floor(self) -> bool:
-        """Whether the unedited model is less than three standard errors above chance: nothing can be lost."""
-        return off_chance(self.base, self.chance) < 3
+        """Whether the unedited model is not clearly above chance: nothing can be lost."""
+        return off_chance(self.base, self.chance) < FLOOR
 
     @cached_property
     def _draws(self) -> tuple[np.ndarray, np.ndarray]:
@@ -111,33 +97,28 @@ def _weights(count: int, what: str) -> np.ndarray:
 
 
 def abilities(results: Results) -> list[Ability]:
-    """Every benchmark of every method but the control.
+    """Every benchmark under every method that edits.
 
     Where refusals were measured they are an ability too: the share of harmful requests refused.
     """
     params = results.params
-    axes = ("model", "method", "variant", "order", "edits", "benchmark")
-    cells = {tuple(cell[axis] for axis in axes): _values(cell) for cell in results.cells}
     names = [*params.benchmarks, *(name for name in params.measures if name == "refusal")]
-    found = []
-    for model in params.models:
-        for method in params.methods:
-            for benchmark in names if method.method != "control" else ():
-                base = np.array(cells[model, None, None, None, 0, benchmark])
-                values = [[base] * len(params.orders)] + [
-                    [cells[model, method.method, method.variant, order, n, benchmark] for order in params.orders]
-                    for n in params.edits[1:]
-                ]
-                chance = 0.0 if benchmark == "refusal" else benchmarks.metadata(benchmark)["chance"]
-                place = (model, method.method, method.variant, benchmark, chance)
-                found.append(Ability(*place, params.edits, base, np.array(values, float)))
-    return found
+    found: dict[tuple, list[list[float]]] = {}
+    for place, name, items, _ in outcomes(results, names):
+        if kind_of(place["method"]).edits:
+            key = (place["model"], place["method"], place["variant"], name)
+            found.setdefault(key, []).append(_values(name, items))
+    shape = (len(params.orders), len(params.edits), -1)
+    return [
+        Ability(*key, params.edits, np.array(values, float).reshape(shape).swapaxes(0, 1).copy())
+        for key, values in found.items()
+    ]
 
 
-def _values(cell: dict) -> list[float]:
-    if cell["benchmark"] == "refusal":
-        return [float(item["refused"]) for item in cell["items"] if item["harmful"]]
-    return [item.get("value", math.nan) for item in cell["items"]]
+def _values(name: str, items: Sequence[Item]) -> list[float]:
+    if name == "refusal":
+        return [float(item["refused"]) for item in items if item["harmful"]]
+    return [item.get("value", math.nan) for item in items]
 
 
 # One ability ---------------------------------------------------------------------------------------
@@ -152,12 +133,17 @@ def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def holm(p: Sequence[float]) -> np.ndarray:
+    """p values corrected for their number by Holm's method."""
+    return multipletests(p, LEVEL, method="holm")[1]
+
+
 def no_change(change: np.ndarray) -> float:
     """p of no mean change, by flipping the signs of the items' changes at random (paired, two-sided)."""
     if not change.any():
         return 1.0
     return float(
-        scipy_stats.permutation_test(
+        stats.permutation_test(
             (change, np.zeros_like(change)),
             lambda after, before, axis: (after - before).mean(axis),
             permutation_type="samples",
@@ -202,21 +188,19 @@ def effects(found: Sequence[Ability]) -> pd.DataFrame:
     """
     rows = []
     for ability in found:
-        collapse, low, high = collapse_point(ability) if not ability.floor else (math.nan,) * 3
-        kept_low, kept_high = interval(ability.kept_draws[:, -1])
         row = {name: getattr(ability, name) for name in ("model", "method", "variant", "benchmark")}
         row |= {"edits": ability.edits[-1], "base": ability.base.mean(), "score": ability.values[-1].mean()}
         row |= {"delta": ability.change.mean(), "p": no_change(ability.change), "p_unequal": unequal(ability.change)}
-        row |= {"kept": ability.kept[-1], "kept_low": kept_low, "kept_high": kept_high}
-        row |= {"collapse": collapse, "collapse_low": low, "collapse_high": high}
-        rows.append(row | {"effect": "floor" if ability.floor else ""})
+        row["kept"], (row["kept_low"], row["kept_high"]) = ability.kept[-1], interval(ability.kept_draws[:, -1])
+        collapse = (math.nan,) * 3 if ability.floor else collapse_point(ability)
+        row |= zip(("collapse", "collapse_low", "collapse_high"), collapse, strict=True)
+        rows.append(row | {"effect": "floor" if ability.floor else "unclear"})
     frame = pd.DataFrame(rows)
     frame["p_holm"] = np.nan
-    for _, group in frame[frame.effect != "floor"].groupby(["model", "method", "variant"], sort=False):
-        frame.loc[group.index, "p_holm"] = multipletests(group.p, LEVEL, method="holm")[1]
     off = frame.effect != "floor"
+    for _, group in frame[off].groupby(["model", "method", "variant"], sort=False):
+        frame.loc[group.index, "p_holm"] = holm(group.p)
     moved = off & (frame.p_holm < LEVEL)
-    frame.loc[off, "effect"] = "unclear"
     frame.loc[off & (frame.p_unequal < LEVEL), "effect"] = "equal"
     frame.loc[moved & (frame.delta < 0), "effect"] = "fell"
     frame.loc[moved & (frame.delta > 0), "effect"] = "rose"
@@ -257,8 +241,7 @@ class Estimate:
         return Estimate(self.value - other.value, self.draws - other.draws)
 
     def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
+        return shown(self.value, *self.interval)
 
 
 def kept(found: Sequence[Ability], at: int | slice = -1) -> Estimate:
@@ -270,6 +253,15 @@ def kept(found: Sequence[Ability], at: int | slice = -1) -> Estimate:
     )
 
 
+def _by_method(found: Sequence[Ability]) -> dict[tuple[str, str], dict[str, dict[str, Ability]]]:
+    """(method, variant) -> benchmark -> model -> ability."""
+    groups: dict[tuple[str, str], dict[str, dict[str, Ability]]] = {}
+    for ability in found:
+        group = groups.setdefault((ability.method, ability.variant), {})
+        group.setdefault(ability.benchmark, {})[ability.model] = ability
+    return groups
+
+
 def contrast(found: Sequence[Ability], one: str, other: str) -> pd.DataFrame:
     """How much more of each ability does model ``other`` keep than model ``one``, under the same edits?
 
@@ -278,31 +270,33 @@ def contrast(found: Sequence[Ability], one: str, other: str) -> pd.DataFrame:
     (benchmark "all"). Columns: method, variant, benchmark, one, other, difference (``Estimate``), p,
     p_holm (over the benchmarks of a method).
     """
-    place = {(a.model, a.method, a.variant, a.benchmark): a for a in found if not a.floor}
     rows = []
-    for method, variant in dict.fromkeys((a.method, a.variant) for a in found):
-        pairs = [
-            (place[one, method, variant, name], place[other, method, variant, name])
-            for name in dict.fromkeys(a.benchmark for a in found)
-            if (one, method, variant, name) in place and (other, method, variant, name) in place
-        ]
-        groups = [(first.benchmark, [first], [second]) for first, second in pairs]
-        if pairs:
-            groups.append(("all", [a for a, _ in pairs], [b for _, b in pairs]))
+    for (method, variant), by_benchmark in _by_method(found).items():
+        pairs = {
+            name: (by_model[one], by_model[other])
+            for name, by_model in by_benchmark.items()
+            if not by_model[one].floor and not by_model[other].floor
+        }
+        if not pairs:
+            continue
+        groups = {name: [pair] for name, pair in pairs.items()} | {"all": list(pairs.values())}
         own = []
-        for name, first, second in groups:
-            a, b = kept(first, EDITED), kept(second, EDITED)
-            row = {"method": method, "variant": variant, "benchmark": name, "one": a, "other": b, "difference": b - a}
-            own.append(row | {"p": (b - a).p})
-        if own:
-            corrected = multipletests([row["p"] for row in own[:-1]], LEVEL, method="holm")[1]
-            for row, p in zip(own, [*corrected, own[-1]["p"]], strict=True):
-                rows.append(row | {"p_holm": p})
+        for name, group in groups.items():
+            a, b = (kept(side, EDITED) for side in zip(*group, strict=True))
+            row = {"method": method, "variant": variant, "benchmark": name, "one": a, "other": b}
+            own.append(row | {"difference": b - a, "p": (b - a).p})
+        *each, pooled = (row["p"] for row in own)
+        rows += [row | {"p_holm": p} for row, p in zip(own, [*holm(each), pooled], strict=True)]
     return pd.DataFrame(rows)
 
 
-def trend(found: Sequence[Ability], size: Callable[[str], float]) -> pd.DataFrame:
-    """Does the share kept rise with the size of the model? One row a method.
+def sizes(results: Results) -> dict[str, int]:
+    """Parameters of each of the run's models, by name."""
+    return {model: about["parameters"] for model, about in results.manifest["models"].items()}
+
+
+def trend(found: Sequence[Ability], size: Mapping[str, float]) -> pd.DataFrame:
+    """Does the share kept rise with the size of the model (model -> parameters)? One row a method.
 
     The slope is that of the mean share kept, over all checkpoints and over the benchmarks that are off
     the floor for every model, against log10 of the parameters (least squares over models). Columns:
@@ -310,35 +304,28 @@ def trend(found: Sequence[Ability], size: Callable[[str], float]) -> pd.DataFram
     without common benchmarks), p.
     """
     rows = []
-    models = sorted({a.model for a in found}, key=size)
-    x = np.log10([size(model) for model in models])
+    models = sorted({a.model for a in found}, key=size.__getitem__)
+    x = np.log10([size[model] for model in models])
     x = x - x.mean()
-    for method, variant in dict.fromkeys((a.method, a.variant) for a in found):
-        own = [a for a in found if (a.method, a.variant) == (method, variant)]
-        common = [
-            name
-            for name in dict.fromkeys(a.benchmark for a in own)
-            if not any(a.floor for a in own if a.benchmark == name)
-        ]
-        by_model = {
-            model: kept([a for a in own if a.model == model and a.benchmark in common], EDITED)
-            for model in models
-            if common
-        }
-        slope = None
-        if len(by_model) > 1:
-            values = np.array([estimate.value for estimate in by_model.values()])
-            draws = np.array([estimate.draws for estimate in by_model.values()])
+    for (method, variant), by_benchmark in _by_method(found).items():
+        common = {n: by_model for n, by_model in by_benchmark.items() if not any(a.floor for a in by_model.values())}
+        by_size, slope = {}, None
+        if common:
+            by_size = {m: kept([by_model[m] for by_model in common.values()], EDITED) for m in models}
+        if len(by_size) > 1:
+            values = np.array([estimate.value for estimate in by_size.values()])
+            draws = np.array([estimate.draws for estimate in by_size.values()])
             slope = Estimate(float(x @ values / (x @ x)), x @ draws / (x @ x))
-        row = {"method": method, "variant": variant, "benchmarks": common, "kept": by_model, "slope": slope}
+        row = {"method": method, "variant": variant, "benchmarks": list(common), "kept": by_size, "slope": slope}
         rows.append(row | {"p": slope.p if slope else math.nan})
     return pd.DataFrame(rows)
 
 
-def by_aspect(found: Sequence[Ability]) -> dict[str, Estimate]:
-    """Share of each aspect kept at the last checkpoint, mean over methods and benchmarks off the floor."""
+def by_aspect(found: Sequence[Ability]) -> dict[str, list[Ability]]:
+    """Abilities off the floor by the aspect of ability that their benchmark shows; those of safety show none."""
     groups: dict[str, list[Ability]] = {}
     for ability in found:
-        if (aspect := aspect_of(ability.benchmark)) and not ability.floor:
+        aspect = benchmarks.metadata(ability.benchmark).get("aspect")
+        if aspect and not ability.floor:
             groups.setdefault(aspect, []).append(ability)
-    return {aspect: kept(own) for aspect, own in groups.items()}
+    return groups

@@ -8,6 +8,8 @@ from functools import cache
 import pandas as pd
 
 import kedit
+from kedit.evaluation import benchmarks
+from kedit.registry import unknown
 
 MODELS = {
     "gpt2-xl": "GPT2-XL",
@@ -25,16 +27,6 @@ MODELS = {
 }
 """Models as parameter files name them -> as the study's tables do."""
 
-# The part of a benchmark's name that tells which it is -> its name in the tables. TriviaQA is in none of them.
-BENCHMARKS = {
-    "mmlu": "MMLU",
-    "bbh": "BBH",
-    "gsm8k": "GSM8K",
-    "csqa": "CommonsenseQA",
-    "commonsense_qa": "CommonsenseQA",
-    "truthfulqa": "TruthfulQA",
-    "toxigen": "ToxiGen",
-}
 TABLES = {1: "GPT2-XL", 2: "base models", 3: "instruction-tuned models", 4: "Pythia", 5: "safety"}
 COLUMNS = ["table", "model", "method", "edits", "benchmark", "score", "note"]
 
@@ -58,9 +50,11 @@ def published(model: str, benchmark: str) -> pd.DataFrame:
         columns ``table, model, method, edits, benchmark, score, note``; methods as kedit names them, ``none``
         for the unedited model. Empty where nothing was published.
     """
-    every = _every()
-    known = next((shown for part, shown in BENCHMARKS.items() if benchmark.startswith(part)), None)
-    return every[(every.model == MODELS.get(model)) & (every.benchmark == known)].reset_index(drop=True)
+    rows = _every()
+    if benchmark not in benchmarks.suites()["paper"]:
+        return rows[:0]
+    name = benchmarks.metadata(benchmark)["benchmark"].partition(" ")[0]  # TruthfulQA MC1
+    return rows[(rows.model == MODELS.get(model)) & (rows.benchmark == name)].reset_index(drop=True)
 
 
 def decline(tables: list[int], models: list[str] | None = None) -> pd.DataFrame:
@@ -77,14 +71,14 @@ def decline(tables: list[int], models: list[str] | None = None) -> pd.DataFrame:
     Raises:
         KeditError: a table or model that was not published.
     """
-    every = _every()
     for number in tables:
         if number not in TABLES:
-            raise kedit.KeditError(f"the study has no table {number}; use some of {', '.join(map(str, TABLES))}.")
+            raise unknown("the study's table", number, map(str, TABLES))
     for model in models or ():
         if model not in MODELS:
-            raise kedit.KeditError(f"nothing was published on {model!r}; use some of {', '.join(MODELS)}.")
-    rows = every[every.table.isin(tables)]
+            raise unknown("published model", model, MODELS)
+    rows = _every()
+    rows = rows[rows.table.isin(tables)]
     if models is not None:
         rows = rows[rows.model.isin([MODELS[model] for model in models])]
     base = rows[rows.method == "none"].set_index(["model", "benchmark"]).score
@@ -92,8 +86,6 @@ def decline(tables: list[int], models: list[str] | None = None) -> pd.DataFrame:
     kept = edited.score / base.reindex(pd.MultiIndex.from_frame(edited[["model", "benchmark"]])).to_numpy()
     edited["shown"] = kept.map("{:.2f}".format) + edited.note.map(lambda note: "*" if note else "")
     place = ["model", "method", "edits"]
-    shown = edited.pivot(index=place, columns="benchmark", values="shown").fillna("-")
-    order = pd.MultiIndex.from_frame(edited[place].drop_duplicates())
-    shown = shown.reindex(order)[list(dict.fromkeys(edited.benchmark))]
-    shown.columns.name = None
-    return shown
+    table = edited.pivot(index=place, columns="benchmark", values="shown").fillna("-")
+    table = table.reindex(pd.MultiIndex.from_frame(edited[place].drop_duplicates()))
+    return table[list(dict.fromkeys(edited.benchmark))].rename_axis(columns=None)

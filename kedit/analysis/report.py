@@ -1,14 +1,12 @@
 """From results to the files under figures/, and to one page."""
 
-from collections.abc import Callable
+from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 import kedit
-from kedit.analysis import plots, safety
-from kedit.analysis import scores as stats
-from kedit.analysis.inference import abilities
+from kedit.analysis import plots, scores
 from kedit.analysis.questions import QUESTIONS
 from kedit.store import write_atomic
 from kedit.study.params import Params
@@ -17,40 +15,22 @@ from kedit.study.results import Results
 # A run's folder ----------------------------------------------------------------------------------
 
 
-def folder_of(params: Params) -> Path:
-    """Where a run's figure, table, cells and manifest go."""
-    return kedit.ROOT / "figures" / params.rq / params.name
-
-
 def publish(results: Results) -> list[Path]:
     """Write the figures (.png, .pdf), table.csv, cells.jsonl.gz and manifest.json of a run."""
-    folder = folder_of(results.params)
-    table = stats.table(results).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    params = results.params
+    folder = kedit.ROOT / "figures" / params.rq / params.name
+    table = scores.table(results).to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_atomic(folder / "table.csv", table.encode())
-    made = [path for name, figure in figures(results).items() for path in plots.save(figure, folder, name)]
+    figures = QUESTIONS[params.rq].figures(results)
+    made = [path for name, figure in figures.items() for path in plots.save(figure, folder, name)]
     return [*made, folder / "table.csv", *results.save(folder)]
 
 
-def figures(results: Results) -> dict[str, Figure]:
-    """The figures of a run's question, by file name."""
-    params = results.params
-    if params.rq == "rq2":
-        return {"figure": plots.rq2(abilities(results), *params.models)}
-    if params.rq == "rq3":
-        return {"figure": plots.rq3(abilities(results), size_of(results))}
-    if params.rq == "rq4":
-        return {"figure": plots.rq4(abilities(results))}
-    if params.rq == "rq5":
-        return {"figure": plots.rq5(stats.curves(results), params.benchmarks, safety.over_edits(results))}
-    if params.rq == "discussion":
-        return {"figure": plots.damage(stats.checkpoints(results))}
-    kept = plots.retention(stats.retention(results))
-    return {"figure": plots.rq1(stats.curves(results), params.benchmarks), "retention": kept}
-
-
-def size_of(results: Results) -> Callable[[str], float]:
-    """Parameters of each of the run's models, by name."""
-    return {model: about["parameters"] for model, about in results.manifest["models"].items()}.get
+def figure(results: Results) -> Figure:
+    """The main figure of a run's question; what was run, not read, is published as well."""
+    if results.source == "run":
+        publish(results)
+    return QUESTIONS[results.params.rq].figures(results)["figure"]
 
 
 def redraw() -> list[Path]:
@@ -68,7 +48,7 @@ def differences(fresh: Results, committed: Results, tolerance: float = 0.03) -> 
     Another processor may round another way and flip an item or two; more than that is a finding.
     """
     place = ["model", "method", "variant", "order", "edits", "benchmark", "metric"]
-    both = stats.table(fresh).merge(stats.table(committed), on=place, how="outer", suffixes=("", "_ref"))
+    both = scores.table(fresh).merge(scores.table(committed), on=place, how="outer", suffixes=("", "_ref"))
     apart = ~((both.value - both.value_ref).abs() <= tolerance) & ~(both.value.isna() & both.value_ref.isna())
     return [
         f"{r.method} after {r.edits} edits, {r.benchmark} {r.metric}: {r.value:.3f}, reference {r.value_ref:.3f}"
@@ -100,14 +80,12 @@ def html(folder: Path) -> list[Path]:
     Returns:
         the files made, the page first. Nothing in them is fetched from elsewhere.
     """
-    from html import escape
-
     import nbformat
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(mathjax_url="", require_js_url="")
     made, sections = [], []
-    for stem in QUESTIONS.values():
+    for stem in (question.notebook for question in QUESTIONS.values()):
         notebook = nbformat.read(kedit.ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
         title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
         after = next(i for i, cell in enumerate(notebook.cells) if "## Verdict" in cell.source)

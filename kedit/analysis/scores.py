@@ -2,16 +2,18 @@
 
 import math
 import warnings
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats as scipy_stats
+from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
+from kedit.editors import kind_of
 from kedit.evaluation import benchmarks, success
+from kedit.evaluation.records import Item
 from kedit.study.results import Results
 
 COLUMNS = [
@@ -19,17 +21,40 @@ COLUMNS = [
     "ci_low", "ci_high", "n", "chance", "unparsed", "delta", "delta_low", "delta_high", "status",
 ]  # fmt: skip
 RESAMPLES = 2000
+FLOOR = 3
+"""A score is at the floor within so many standard errors of chance."""
 COLLAPSED = 0.5
 """A score has collapsed when the upper bound of what it keeps above chance is under this share of what it had."""
+AGES = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
+"""Edges of the bins of an edit's age."""
 
 
-def off_chance(values: Sequence[float], chance: float) -> float:
-    """How many standard errors a mean lies from chance; the floor is less than three either way."""
+def off_chance(values: Sequence[float] | np.ndarray, chance: float) -> float:
+    """How many standard errors a mean lies above chance."""
     n, mean = len(values), float(np.mean(values))
     return (mean - chance) / math.sqrt(max(mean * (1 - mean), 1 / n) / n)
 
 
-def summarise(items: Sequence[dict[str, Any]], chance: float | None = None) -> dict[str, Any]:
+def shown(value: float, low: float = math.nan, high: float = math.nan, sign: str = "") -> str:
+    """A number with its interval as text; ``sign`` as in a format, ``-`` for a number that is not one."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]" if math.isfinite(low) else f"{value:{sign}.2f}"
+
+
+def bootstrap(data: Sequence[np.ndarray], statistic: Callable[..., Any]) -> tuple[float, float]:
+    """95% percentile interval of a statistic of arrays of one length, drawn anew together with replacement."""
+    if len(data[0]) < 2:
+        return math.nan, math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where nothing differs the interval is degenerate
+        interval = stats.bootstrap(
+            data, statistic, paired=True, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+        ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def summarise(items: Sequence[Item], chance: float | None = None) -> dict[str, Any]:
     """Score of some items, each with ``id``, ``value`` and ``base`` (the unedited model's value).
 
     Items of one id (paraphrases of one request, one question in several orders) form a cluster. The
@@ -49,112 +74,77 @@ def summarise(items: Sequence[dict[str, Any]], chance: float | None = None) -> d
     row["value"] = value = sums.sum() / counts.sum()
     row["ci_low"], row["ci_high"] = proportion_confint(value * len(counts), len(counts), method="wilson")
     row["delta"] = changes.sum() / counts.sum()
-    row["delta_low"], row["delta_high"] = _bootstrap(changes, counts)
+    row["delta_low"], row["delta_high"] = bootstrap(
+        (changes, counts), lambda change, count, axis: change.sum(axis) / count.sum(axis)
+    )
     if chance is not None:
         base = value - row["delta"]
         unedited = [pairs[0][1] for pairs in clusters.values()]  # the same in every order, and so counted once
-        if abs(off_chance(unedited, chance)) < 3:
+        if abs(off_chance(unedited, chance)) < FLOOR:
             row["status"] = "floor"
-        elif (row["ci_high"] - chance) * np.sign(base - chance) < COLLAPSED * abs(base - chance) and base > chance:
+        elif base > chance and row["ci_high"] - chance < COLLAPSED * (base - chance):
             row["status"] = "collapsed"
     return row
 
 
-def _bootstrap(changes: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """95% percentile interval of a ratio of sums, resampling clusters."""
-    if len(changes) < 2:
-        return math.nan, math.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a difference that is 0 for every item has a degenerate interval
-        interval = scipy_stats.bootstrap(
-            (changes, counts),
-            lambda change, count, axis: change.sum(axis) / count.sum(axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-    return float(interval.low), float(interval.high)
+def outcomes(results: Results, names: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, list[Item], list[Item]]]:
+    """What every checkpoint of every trajectory answered: (checkpoint, name, items, the unedited model's items).
 
+    Args:
+        names: ``edit``, benchmarks or measures of the run.
 
-def scored(results: Results) -> list[dict[str, Any]]:
-    """Every cell split by metric, each item beside what the unedited model did on it.
-
-    Returns one record a (model, method, variant, order, edits, benchmark, metric), with ``chance`` and
-    ``items``; the unedited checkpoint stands under each method and order of the grid.
+    Yields:
+        the checkpoint as a mapping of ``model``, ``method``, ``variant``, ``order`` and ``edits``; the unedited
+        one stands under each method and order of the grid.
     """
     params = results.params
-    base: dict[tuple, list[dict]] = {}
-    by_place: dict[tuple, list[dict]] = {}
-    for cell in results.cells:
-        place = (cell["model"], cell["benchmark"], cell["order"])
-        if cell["method"] is None:
-            base[place] = cell["items"]
+    found = {(c.model, c.method, c.variant, c.order, c.edits, c.benchmark): c.items for c in results.cells}
+    for model, method, order, count, name in product(params.models, params.methods, params.orders, params.edits, names):
+        place = {"model": model, "method": method.method, "variant": method.variant, "order": order, "edits": count}
+        before = found[model, None, None, order if name == "edit" else None, 0, name]
+        yield place, name, found[*place.values(), name] if count else before, before
+
+
+def scored(results: Results) -> Iterator[dict[str, Any]]:
+    """Every cell split by metric, each item beside what the unedited model did on it.
+
+    Yields:
+        one record a checkpoint, benchmark and metric, with ``chance`` and ``items``.
+    """
+    for place, benchmark, after, before in outcomes(results, ["edit", *results.params.benchmarks]):
+        if benchmark == "edit":
+            metrics, chance = success.outcomes(after, before), None
         else:
-            by_place[(*place, cell["method"], cell["variant"], cell["edits"])] = cell["items"]
-
-    records = []
-    for model in params.models:
-        for method in params.methods:
-            for order in params.orders:
-                for count in params.edits:
-                    for benchmark in ("edit", *params.benchmarks):
-                        before = base[(model, benchmark, order if benchmark == "edit" else None)]
-                        after = (
-                            by_place[(model, benchmark, order, method.method, method.variant, count)]
-                            if count
-                            else before
-                        )
-                        where = {
-                            "model": model, "method": method.method, "variant": method.variant,
-                            "order": order, "edits": count, "benchmark": benchmark,
-                        }  # fmt: skip
-                        records += [{**where, **record} for record in _metrics(benchmark, after, before)]
-    return records
-
-
-def _metrics(benchmark: str, after: list[dict], before: list[dict]) -> list[dict[str, Any]]:
-    if benchmark == "edit":
-        found = success.outcomes(after, before)
-        return [{"metric": metric, "chance": None, "items": items} for metric, items in found.items()]
-    about = benchmarks.metadata(benchmark)
-    items = [{**item, "base": base["value"]} for item, base in zip(after, before, strict=True)]
-    return [{"metric": about["metric"], "chance": about["chance"], "items": items}]
+            about = benchmarks.metadata(benchmark)
+            items = [{**item, "base": base["value"]} for item, base in zip(after, before, strict=True)]
+            metrics, chance = {about["metric"]: items}, about["chance"]
+        for metric, items in metrics.items():
+            yield {**place, "benchmark": benchmark, "metric": metric, "chance": chance, "items": items}
 
 
 def _row(record: dict[str, Any]) -> dict[str, Any]:
-    row = {**{k: v for k, v in record.items() if k != "items"}, **summarise(record["items"], record["chance"])}
-    if record["chance"] is not None and any(
-        "lp" in item and not item["parsed"] for item in record["items"]
-    ):  # log-likelihoods that are not finite: the model is broken, its score is not one
-        row["status"] = "failed"
+    items = record.pop("items")
+    row = {**record, **summarise(items, record["chance"])}
+    if record["chance"] is not None and any("lp" in item and not item["parsed"] for item in items):
+        row["status"] = "failed"  # log-likelihoods that are not finite: the model is broken, its score is not one
     return row
 
 
 def table(results: Results) -> pd.DataFrame:
     """The tidy table: one row a checkpoint, benchmark and metric, for each order."""
     params = results.params
-    rows = [
-        {"rq": params.rq, "params": params.name, "edit_set": params.edit_set_name, **_row(record)}
-        for record in scored(results)
-    ]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    run = {"rq": params.rq, "params": params.name, "edit_set": params.edit_set_name}
+    return pd.DataFrame([run | _row(record) for record in scored(results)], columns=COLUMNS)
 
 
 def curves(results: Results) -> pd.DataFrame:
     """The same with the orders pooled: an item in several orders is one cluster."""
     pooled: dict[tuple, dict[str, Any]] = {}
-    names = ("model", "method", "variant", "edits", "benchmark", "metric", "chance")
     for record in scored(results):
-        place = tuple(record[name] for name in names)
-        entry = pooled.setdefault(place, {**dict(zip(names, place, strict=True)), "items": []})
-        entry["items"] += record["items"]
+        items = record.pop("items")
+        del record["order"]
+        pooled.setdefault(tuple(record.values()), {**record, "items": []})["items"] += items
     return pd.DataFrame([_row(record) for record in pooled.values()])
-
-
-AGES = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
-"""Edges of the bins of an edit's age."""
 
 
 def retention(results: Results) -> pd.DataFrame:
@@ -164,44 +154,22 @@ def retention(results: Results) -> pd.DataFrame:
     edit seen at several ages of one bin is one cluster. Columns: method, after (the bin), value,
     ci_low, ci_high, n.
     """
-    number = {(e["model"], e["method"], e["variant"], e["order"], e["request"]): e["number"] for e in results.edits}
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    number = {(e.model, e.method, e.variant, e.order, e.request): e.number for e in results.edits}
+    found: dict[str, dict[int, list[Item]]] = {}
     for record in scored(results):
-        if record["metric"] != "reliability" or record["method"] == "control":
-            continue
-        place = tuple(record[name] for name in ("model", "method", "variant", "order"))
-        for item in record["items"]:
-            if record["edits"]:
-                age = record["edits"] - number[(*place, item["id"])]
-                edge = max(edge for edge in AGES if edge <= age)
-                found.setdefault((record["method"], edge), []).append(item)
+        if record["metric"] == "reliability" and record["edits"] and kind_of(record["method"]).edits:
+            place = tuple(record[name] for name in ("model", "method", "variant", "order"))
+            bins = found.setdefault(record["method"], {})
+            for item in record["items"]:
+                age = record["edits"] - number[*place, item["id"]]
+                bins.setdefault(max(edge for edge in AGES if edge <= age), []).append(item)
     rows = []
-    for method in dict.fromkeys(method for method, _ in found):
+    for method, bins in found.items():
         for edge, following in pairwise(AGES):
-            if items := found.get((method, edge)):
+            if edge in bins:
+                row = summarise(bins[edge])
                 name = str(edge) if following == edge + 1 else f"{edge}-{following - 1}"
-                row = summarise(items)
                 rows.append(
                     {"method": method, "after": name} | {k: row[k] for k in ("value", "ci_low", "ci_high", "n")}
                 )
     return pd.DataFrame(rows)
-
-
-def kept(rows: pd.DataFrame) -> pd.DataFrame:
-    """The ability score kept at each checkpoint: 1 all of what the unedited model has above chance, 0 none.
-
-    Args:
-        rows: of ``table`` or ``curves``.
-
-    Returns:
-        the columns of the place (model, method, variant, order, edits, as far as there) and ``kept``, the mean
-        over the benchmarks on which the unedited model is above chance by three standard errors; a
-        benchmark that failed has kept nothing.
-    """
-    place = [name for name in ("model", "method", "variant", "order", "edits") if name in rows]
-    rows = rows[(rows.benchmark != "edit") & (rows.status != "floor")].copy()
-    base = rows.value - rows.delta
-    rows["kept"] = (rows.value - rows.chance) / (base - rows.chance)
-    rows.loc[rows.status == "failed", "kept"] = 0.0
-    rows = rows[base > rows.chance]
-    return rows.groupby(place, sort=False, dropna=False).kept.mean().reset_index()

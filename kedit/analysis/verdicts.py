@@ -1,19 +1,19 @@
 """The answer to each question in a sentence, computed from the statistics.
 
-Every function takes what ``inference`` found and returns a ``Verdict``: one of *supported*, *not
+Every function takes what ``inference`` or ``damage`` found and returns a ``Verdict``: one of *supported*, *not
 supported*, *inconclusive* about what the study said, and the sentence with the numbers it rests on.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from statsmodels.stats.multitest import multipletests
+import pandas as pd
 
 from kedit.analysis import inference
-from kedit.analysis.inference import LEVEL, MARGIN, Ability, by_aspect
-from kedit.analysis.plots import label_of
+from kedit.analysis.inference import LEVEL, MARGIN, Ability, Estimate, by_aspect, holm
+from kedit.analysis.scores import shown
+from kedit.editors import kind_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if names else "none"
 
 
+def _labels(methods: Sequence[str]) -> str:
+    return _listed([kind_of(method).label for method in methods])
+
+
 def number_of_edits(found: Sequence[Ability]) -> Verdict:
     """RQ1: do sequential edits damage general abilities?
 
@@ -39,30 +43,33 @@ def number_of_edits(found: Sequence[Ability]) -> Verdict:
     has one and at least one method kept all its abilities equal; anything between is said method by method.
     """
     effects = inference.effects(found)
-    edits = int(effects.edits.max())
-    fell, equal, unclear, told = [], [], [], []
+    fell, equal, unclear, losses = [], [], [], []
     for method, rows in effects[effects.effect != "floor"].groupby("method", sort=False):
         lost = rows[rows.effect == "fell"]
-        (fell if len(lost) else equal if (rows.effect == "equal").all() else unclear).append(label_of(method))
+        (fell if len(lost) else equal if (rows.effect == "equal").all() else unclear).append(method)
         if len(lost):
             worst = lost.loc[lost.kept.idxmin()]
-            told.append(
-                f"{label_of(method)} lost {len(lost)} of {len(rows)} abilities, most of {worst.benchmark}, of which it "
-                f"kept {worst.kept:.2f} [{worst.kept_low:.2f}, {worst.kept_high:.2f}]"
+            losses.append(
+                f"{kind_of(method).label} lost {len(lost)} of {len(rows)} abilities, most of {worst.benchmark}, of "
+                f"which it kept {shown(worst.kept, worst.kept_low, worst.kept_high)}"
             )
-    claim = f"Sequential edits damage general abilities ({edits} edits)"
+    claim = f"Sequential edits damage general abilities ({effects.edits.max()} edits)"
+    if fell and equal:
+        claim += ", by some methods and not by others"
     because = (
-        f"Something fell (Holm-corrected over benchmarks) under {_listed(fell)}; everything stayed within "
-        f"{MARGIN:.2f} under {_listed(equal)}; neither can be said of {_listed(unclear)}."
+        f"Something fell (Holm-corrected over benchmarks) under {_labels(fell)}; everything stayed within "
+        f"{MARGIN:.2f} under {_labels(equal)}; neither can be said of {_labels(unclear)}."
     )
-    if told:
-        because += " " + "; ".join(told) + "."
-    if not fell and not equal:
-        return Verdict(claim, "inconclusive", because)
-    if fell and not equal:
-        return Verdict(claim, "supported", because)
-    word = "not supported" if not fell else "supported"
-    return Verdict(claim + (", by some methods and not by others" if fell else ""), word, because)
+    if losses:
+        because += f" {'; '.join(losses)}."
+    return Verdict(claim, "supported" if fell else "not supported" if equal else "inconclusive", because)
+
+
+def _direction(claim: str, estimates: Sequence[Estimate], because: str) -> Verdict:
+    """Supported if some estimate is above 0 and none below (Holm over them), not supported if one is below."""
+    moved = [e.value for e, p in zip(estimates, holm([e.p for e in estimates]), strict=True) if p < LEVEL]
+    word = "not supported" if any(value < 0 for value in moved) else "supported" if moved else "inconclusive"
+    return Verdict(claim, word, because)
 
 
 def instruction_tuning(found: Sequence[Ability], base: str, tuned: str) -> Verdict:
@@ -74,43 +81,31 @@ def instruction_tuning(found: Sequence[Ability], base: str, tuned: str) -> Verdi
     table = inference.contrast(found, base, tuned)
     if not len(table):
         return Verdict(claim, "inconclusive", "No benchmark is off the floor for both models.")
-    pooled = table[table.benchmark == "all"].copy()
-    pooled["holm"] = multipletests(pooled.p, LEVEL, method="holm")[1]
-    better = pooled[(pooled.holm < LEVEL) & pooled.difference.map(lambda d: d.value > 0)]
-    worse = pooled[(pooled.holm < LEVEL) & pooled.difference.map(lambda d: d.value < 0)]
-    told = "; ".join(
-        f"{label_of(row.method)}: kept {row.one} against {row.other}, difference {row.difference}"
+    pooled = table[table.benchmark == "all"]
+    methods = "; ".join(
+        f"{kind_of(row.method).label}: kept {row.one} against {row.other}, difference {row.difference}"
         for row in pooled.itertuples()
     )
-    because = f"Mean share kept over checkpoints and benchmarks, base against tuned: {told}."
-    return Verdict(claim, _word(len(better), len(worse)), because)
+    because = f"Mean share kept over checkpoints and benchmarks, base against tuned: {methods}."
+    return _direction(claim, pooled.difference, because)
 
 
-def _word(for_it: int, against: int) -> str:
-    """Some significant effects for a claim and none against it, the other way round, or neither."""
-    if for_it and not against:
-        return "supported"
-    return "not supported" if against else "inconclusive"
-
-
-def model_scale(found: Sequence[Ability], size: Callable[[str], float]) -> Verdict:
+def model_scale(found: Sequence[Ability], size: Mapping[str, float]) -> Verdict:
     """RQ3: are larger models more robust?
 
     From the slope of the share kept, mean over checkpoints, against log10 of the size; Holm over methods.
     """
     claim = "Larger models keep more"
     table = inference.trend(found, size)
-    table = table[table.slope.notna()].copy()
+    table = table[table.slope.notna()]
     if not len(table):
         return Verdict(claim, "inconclusive", "No benchmark is off the floor at every size: nothing can be compared.")
-    table["holm"] = multipletests(table.p, LEVEL, method="holm")[1]
-    rising = table[(table.holm < LEVEL) & table.slope.map(lambda s: s.value > 0)]
-    falling = table[(table.holm < LEVEL) & table.slope.map(lambda s: s.value < 0)]
-    told = "; ".join(
-        f"{label_of(row.method)}: {row.slope} of the ability per tenfold size, over {len(row.benchmarks)} benchmarks"
+    slopes = "; ".join(
+        f"{kind_of(row.method).label}: {row.slope} of the ability per tenfold size, over {len(row.benchmarks)} "
+        "benchmarks"
         for row in table.itertuples()
     )
-    return Verdict(claim, _word(len(rising), len(falling)), f"Slope of the share kept: {told}.")
+    return _direction(claim, table.slope, f"Slope of the share kept: {slopes}.")
 
 
 def ability_aspects(found: Sequence[Ability]) -> Verdict:
@@ -120,16 +115,17 @@ def ability_aspects(found: Sequence[Ability]) -> Verdict:
     """
     claim = "Editing affects different abilities to about the same extent"
     effects = inference.effects(found)
-    harmful = set(effects[effects.effect == "fell"].method)
-    aspects = by_aspect([ability for ability in found if ability.method in harmful])
-    if len(aspects) < 2:
+    harmful = effects[effects.effect == "fell"].method.unique()
+    groups = by_aspect([ability for ability in found if ability.method in harmful])
+    if len(groups) < 2:
         return Verdict(claim, "inconclusive", "Under no method did an ability fall: there is no extent to compare.")
+    aspects = {aspect: inference.kept(group) for aspect, group in groups.items()}
     pairs = {(a, b): aspects[a] - aspects[b] for a, b in combinations(aspects, 2)}
-    holm = multipletests([pair.p for pair in pairs.values()], LEVEL, method="holm")[1]
-    apart = [names for names, p in zip(pairs, holm, strict=True) if p < LEVEL]
+    corrected = holm([pair.p for pair in pairs.values()])
+    apart = [names for names, p in zip(pairs, corrected, strict=True) if p < LEVEL]
     equal = [names for names, pair in pairs.items() if pair.within(MARGIN)]
     because = (
-        f"Share kept, mean over {_listed([label_of(m) for m in dict.fromkeys(effects.method) if m in harmful])}: "
+        f"Share kept, mean over {_labels(harmful)}: "
         + "; ".join(f"{aspect} {estimate}" for aspect, estimate in aspects.items())
         + f". Of {len(pairs)} pairs {len(apart)} differ (Holm) and {len(equal)} are equal within {MARGIN:.2f}."
     )
@@ -145,24 +141,40 @@ def safety(found: Sequence[Ability]) -> Verdict:
     claim = "Dozens of edits compromise safety"
     effects = inference.effects(found)
     off = effects[effects.effect != "floor"]
-    floors = [name for name in dict.fromkeys(effects.benchmark) if name not in set(off.benchmark)]
+    floors = [name for name in effects.benchmark.unique() if name not in set(off.benchmark)]
     because = f"At the floor already when unedited: {_listed(floors)}."
     if not len(off):
         return Verdict(claim, "inconclusive", because)
     fell, equal = off[off.effect == "fell"], off[off.effect == "equal"]
-    told = "; ".join(
-        f"{label_of(row.method)} on {row.benchmark} {row.base:.2f} to {row.score:.2f} (Holm p {_p(row.p_holm)})"
+    losses = "; ".join(
+        f"{kind_of(row.method).label} on {row.benchmark} {row.base:.2f} to {row.score:.2f} (Holm p "
+        f"{'below 0.001' if row.p_holm < 0.001 else f'{row.p_holm:.3f}'})"
         for row in fell.itertuples()
     )
     because = (
-        f"After {int(off.edits.max())} edits {len(fell)} of {len(off)} scores off the floor fell, {len(equal)} are "
+        f"After {off.edits.max()} edits {len(fell)} of {len(off)} scores off the floor fell, {len(equal)} are "
         f"equal within {MARGIN:.2f}, {len(off) - len(fell) - len(equal)} are neither. "
-        + (f"Fell: {told}. " if told else "")
+        + (f"Fell: {losses}. " if losses else "")
         + because
     )
     word = "supported" if len(fell) else "not supported" if len(equal) == len(off) else "inconclusive"
     return Verdict(claim, word, because)
 
 
-def _p(value: float) -> str:
-    return "below 0.001" if value < 0.001 else f"{value:.3f}" if math.isfinite(value) else "-"
+def structure_damage(predictors: pd.DataFrame) -> Verdict:
+    """Discussion, from ``damage.predictors``: which indicators go with the loss of ability, and which comes first?"""
+    claim = "Damage inside goes with the loss of ability"
+    rising = predictors[predictors.rho_high < 0]
+    if not len(rising):
+        return Verdict(claim, "inconclusive", "No measure's rank correlation with the ability kept excludes 0.")
+    listed = ", ".join(f"{r.measure} ({shown(r.rho, r.rho_low, r.rho_high)})" for r in rising.itertuples())
+    first = rising.sort_values(["before", "rho"], ascending=[False, True], kind="stable").iloc[0]
+    when = (
+        f"earliest is {first.measure}, before {first.before} of {first.collapsed} collapses"
+        if first.before
+        else f"none gives the alarm at a checkpoint before any of the {first.collapsed} collapses"
+    )
+    because = (
+        f"{len(rising)} of {len(predictors)} measures rise as the ability falls (rank correlation): {listed}; {when}."
+    )
+    return Verdict(claim, "supported", because)
