@@ -92,7 +92,7 @@ def test_a_suite_of_another_package_is_a_folder(tmp_path, monkeypatch):
     entry = EntryPoint("theirs", f"{__name__}:FOLDER", "kedit.suites")
     monkeypatch.setattr("kedit.registry.entry_points", lambda group: [entry] if group == "kedit.suites" else [])
     monkeypatch.setattr(f"{__name__}.FOLDER", tmp_path)
-    forget = [getattr(benchmarks, n).cache_clear for n in ("suites", "known", "metadata", "fingerprint", "tasks")]
+    forget = [getattr(benchmarks, n).cache_clear for n in ("suites", "known", "_config", "fingerprint", "tasks")]
     try:
         for clear in forget:
             clear()

@@ -107,14 +107,14 @@ def held_out(lm: LM, text: str = "wikipedia-sample", passages: int = PASSAGES, s
 
 def _states(lm: LM, prompt: Sequence[int], more: Sequence[int]) -> Tensor:
     """Each block's output and the final norm's, (blocks + 1, tokens, d), as prompt and continuation are read."""
-    blocks = {str(layer): block for layer, block in enumerate(lm.anatomy.blocks)}
+    blocks = dict(enumerate(lm.anatomy.blocks))
     with ExitStack() as stack:
         for memory in lm.memories.values():
             stack.enter_context(memory.answering([len(prompt) - 1]))
         seen = stack.enter_context(capture(lm, blocks, inputs=False))
         ids = torch.tensor([[*prompt, *more]], device=lm.device)
         last = lm.anatomy.base(input_ids=ids, use_cache=False).last_hidden_state
-    return torch.stack([*(seen[name][0] for name in blocks), last[0]])
+    return torch.stack([*(seen[layer][0] for layer in blocks), last[0]])
 
 
 def _answers(lm: LM, final: Tensor, prompt: Sequence[int], more: Sequence[int], route: Route | None) -> Tensor:
@@ -127,26 +127,22 @@ def _answers(lm: LM, final: Tensor, prompt: Sequence[int], more: Sequence[int], 
         return own
     states = _states(route.lm, route.ids, more)[-1]
     routed = _answers(route.lm, states, route.ids, more, None)
-    if route.share == 1:
+    if route.weight == 1:
         return routed
-    return torch.logaddexp(own + math.log1p(-route.share), routed + math.log(route.share))
+    return torch.logaddexp(own + math.log1p(-route.weight), routed + math.log(route.weight))
 
 
 class Unedited:
     """What the damaged model is compared with, computed once: no edit changes it."""
 
     def __init__(self, lm: LM):
-        self.lm = lm
+        def states(ids: tuple[int, ...]) -> Tensor:
+            with lm.journal.unedited():
+                return _states(lm, ids[:PROMPT], ids[PROMPT:])
+
         self.held_out = cache(partial(held_out, lm))
-        self.states = cache(self._states)
-        self.singular_values = cache(self._singular_values)
-
-    def _states(self, ids: tuple[int, ...]) -> Tensor:
-        with self.lm.journal.unedited():
-            return _states(self.lm, ids[:PROMPT], ids[PROMPT:])
-
-    def _singular_values(self, module: str) -> Tensor:
-        return singular_values(self.lm.journal.original(module))
+        self.states = cache(states)
+        self.singular_values = cache(lambda module: singular_values(lm.journal.original(module)))
 
 
 def _drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,6 +152,23 @@ def _drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     # half the squared distance of unit vectors is 1 - cos, and exactly 0 for equal states
     unit = before / size[..., None] - after / after.norm(dim=-1, keepdim=True)
     return unit.square().sum(-1).mean(1) / 2, ((after - before).norm(dim=-1) / size).mean(1)
+
+
+def _passage(lm: LM, ids: Sequence[int], before: Tensor, route: Route | None) -> tuple[dict[str, Any], Tensor]:
+    """A passage's item, but for its id, and the drift of each block's states (2, blocks), ``before`` the unedited."""
+    prompt, more = ids[:PROMPT], ids[PROMPT:]
+    after = _states(lm, prompt, more)
+    begun = len(lm.begin)  # the begin token is no text, and the state of an attention sink
+    drift = torch.stack(_drift(before[:-1, begun:], after[:-1, begun:]))
+    new = _answers(lm, after[-1], prompt, more, route)
+    with lm.journal.unedited():
+        old = _answers(lm, before[-1], prompt, more, None)
+    item: dict[str, Any] = {"tokens": len(more), "routed": route is not None}
+    for suffix, logprobs in (("", new), ("_unedited", old)):
+        item[f"nll{suffix}"] = -logprobs[range(len(more)), more].mean().item()
+        item[f"entropy{suffix}"] = -(logprobs.exp() * logprobs).sum(-1).mean().item()
+    item["kl"] = (old.exp() * (old - new)).sum(-1).mean().item()
+    return item, drift
 
 
 @torch.inference_mode()
@@ -184,25 +197,10 @@ def measure(
     unedited = unedited or Unedited(lm)
     texts = unedited.held_out(text, passages, skip)
     taken = routes(lm, list(dict.fromkeys(tuple(ids[:PROMPT]) for ids in texts)))
-    answers, drifts = [], []
-    for index, ids in enumerate(texts):
-        states = unedited.states(tuple(ids))
-        prompt, more = ids[:PROMPT], ids[PROMPT:]
-        route = taken.get(tuple(prompt))
-        now = _states(lm, prompt, more)
-        begun = len(lm.begin)  # the begin token is no text, and the state of an attention sink
-        drifts.append(torch.stack(_drift(states[:-1, begun:], now[:-1, begun:])))
-        new = _answers(lm, now[-1], prompt, more, route)
-        with lm.journal.unedited():
-            old = _answers(lm, states[-1], prompt, more, None)
-        item = {"kind": "text", "id": str(index), "tokens": len(more), "routed": route is not None}
-        for suffix, said in (("", new), ("_unedited", old)):
-            item[f"nll{suffix}"] = -said[range(len(more)), more].mean().item()
-            item[f"entropy{suffix}"] = -(said.exp() * said).sum(-1).mean().item()
-        item["kl"] = (old.exp() * (old - new)).sum(-1).mean().item()
-        answers.append(item)
-    cosine, l2 = torch.stack(drifts).mean(0).tolist()
-    layers = [
-        {"kind": "layer", "id": str(layer), "cosine": cosine[layer], "l2": l2[layer]} for layer in range(lm.layers)
+    read = [_passage(lm, ids, unedited.states(tuple(ids)), taken.get(tuple(ids[:PROMPT]))) for ids in texts]
+    cosine, l2 = torch.stack([drift for _, drift in read]).mean(0).tolist()
+    return [
+        *_weights(lm, unedited),
+        *({"kind": "layer", "id": str(layer), "cosine": cosine[layer], "l2": l2[layer]} for layer in range(lm.layers)),
+        *({"kind": "text", "id": str(index), **item} for index, (item, _) in enumerate(read)),
     ]
-    return [*_weights(lm, unedited), *layers, *answers]

@@ -42,31 +42,19 @@ class SharedPrefixLM(HFLM):
         return list(ids) if add_special_tokens is False or ids[: len(begin)] == begin else [*begin, *ids]
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-        if self.lm.begin or all(context for _, context, _ in requests):
-            # what does not fit into the model's window is cut off at the left, as lm-eval does
-            room = self.max_length + 1
-            return loglikelihoods(
-                self.lm, [(context[max(0, len(context) + len(t) - room) :], t) for _, context, t in requests]
-            )
-        return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        # what does not fit into the model's window is cut off at the left, as lm-eval does
+        room = self.max_length + 1
+        return loglikelihoods(
+            self.lm, [(context[max(0, len(context) + len(more) - room) :], more) for _, context, more in requests]
+        )
 
     def generate_until(self, requests, disable_tqdm=False):
-        """Greedy generation up to a stop string, by the settings of each request."""
-        texts: dict[int, str] = {}
-        groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(index)
-        for indices in groups.values():
-            texts |= zip(indices, self._generated([requests[index].args for index in indices]), strict=True)
-        return [texts[index] for index in range(len(requests))]
-
-    def _generated(self, asked: list[tuple[str, dict[str, Any]]]) -> list[str]:
-        """What follows each of some contexts, all with the same settings."""
-        settings = normalize_gen_kwargs(asked[0][1], self.max_gen_toks)
+        """Greedy generation up to a stop string, by the settings that the requests of a task share."""
+        settings = normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)
         if settings.get("do_sample") or settings.get("temperature"):
             raise NotImplementedError("kedit evaluates by greedy generation only")
-        end = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
-        stops = handle_stop_sequences(settings["until"], eos=end)
+        end = self.eot_token_id
+        stops = handle_stop_sequences(settings["until"], eos=self.tok_decode([end], skip_special_tokens=False))
 
         def finished(_: int, tokens: list[int]) -> bool:
             # a stop string shows in the last few tokens as soon as it is there
@@ -76,11 +64,10 @@ class SharedPrefixLM(HFLM):
         longest = settings["max_gen_toks"]
         if longest >= self.max_length:
             longest = self.max_length // 2
-        room = self.max_length - longest
-        contexts = [self.tok_encode(context)[-room:] for context, _ in asked]
+        contexts = [self.tok_encode(request.args[0])[longest - self.max_length :] for request in requests]
         _, generated = read(self.lm, [], contexts, longest, finished, self.guesses)
-        whole = [tokens[: (*tokens, self.eot_token_id).index(self.eot_token_id)] for tokens in generated]
-        return [postprocess_generated_text(self.tok_decode(tokens), stops, None) for tokens in whole]
+        answers = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in generated]
+        return [postprocess_generated_text(self.tok_decode(tokens), stops, None) for tokens in answers]
 
 
 def _item(sample: dict[str, Any], about: dict[str, Any], name: str) -> Item:
@@ -125,14 +112,9 @@ def evaluate(lm: LM, name: str, limit: int | None = None, guesses: Drafts | None
             continue
         # one task at a time: its items share their exemplars. lm-eval draws progress bars of its own, one for
         # each of many short steps.
+        task = {subtask: tasks[subtask]}
         with contextlib.redirect_stderr(io.StringIO()):
-            results = lm_eval.evaluate(
-                lm=reader,
-                task_dict={subtask: tasks[subtask]},
-                limit=count,
-                apply_chat_template=chat,
-                bootstrap_iters=0,
-            )
+            results = lm_eval.evaluate(reader, task, limit=count, apply_chat_template=chat, bootstrap_iters=0)
         samples = [s for s in results["samples"][subtask] if s["filter"] == about.get("filter", s["filter"])]
         for sample in sorted(samples, key=lambda s: s["doc_id"]):
             number = str(sample["doc"].get("id", sample["doc_id"]))

@@ -9,7 +9,6 @@ there before is neither damage nor merit.
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from kedit.data.requests import EditRequest, spaced
 from kedit.evaluation.records import Item
@@ -19,7 +18,7 @@ from kedit.model.scoring import Drafts, read
 METRICS = ("reliability", "generalisation", "locality")
 
 
-def _prompts(request: EditRequest) -> Iterator[tuple[str, str, str, str]]:
+def _questions(request: EditRequest) -> Iterator[tuple[str, str, str, str]]:
     """(metric, prompt, new, old) of everything that is asked about a request."""
     yield "reliability", request.text, request.target_new, request.target_true
     for paraphrase in request.paraphrases:
@@ -34,28 +33,22 @@ def measure(lm: LM, requests: Sequence[EditRequest], guesses: Drafts | None = No
     Each item holds the request's ``id``, the ``kind`` of question, the mean log-probability a token of
     the ``new`` and the ``true`` object, and the generated ``text``, long enough for either object.
     """
-    items, pairs, prompts = [], [], []
-    longest = 1
-    for request in requests:
-        for kind, prompt, new, true in _prompts(request):
-            context = [*lm.begin, *lm.encode(prompt)]
-            items.append({"id": request.id, "kind": kind, "answers": (new, true)})
-            for target in (new, true):
-                ids = lm.encode(spaced(target, prompt))
-                pairs.append((context, ids))
-                longest = max(longest, len(ids))
-            prompts.append(context)
-
-    newline = lm.encode("\n")[0]
-    scores, texts = read(lm, pairs, prompts, longest + 1, lambda _, tokens: tokens[-1] == newline, guesses)
-    for index, item in enumerate(items):
-        for offset, name in enumerate(("new", "true")):
-            total, _ = scores[2 * index + offset]
-            item[name] = round(total / len(pairs[2 * index + offset][1]), 4)
-        text = lm.tokenizer.decode(texts[index], skip_special_tokens=True)
-        new, true = item.pop("answers")
-        item["text"] = text
-        item["says"] = "new" if says(text, new) else "true" if says(text, true) else "other"
+    asked = [(request.id, *question) for request in requests for question in _questions(request)]
+    contexts = [[*lm.begin, *lm.encode(prompt)] for _, _, prompt, _, _ in asked]
+    pairs = [
+        (context, lm.encode(spaced(target, prompt)))
+        for context, (_, _, prompt, *targets) in zip(contexts, asked, strict=True)
+        for target in targets
+    ]
+    longest, newline = max((len(target) for _, target in pairs), default=1), lm.encode("\n")[0]
+    scores, texts = read(lm, pairs, contexts, longest + 1, lambda _, tokens: tokens[-1] == newline, guesses)
+    means = [round(total / len(target), 4) for (total, _), (_, target) in zip(scores, pairs, strict=True)]
+    items = []
+    for index, (name, kind, _, new, true) in enumerate(asked):
+        item = Item(id=name, kind=kind, new=means[2 * index], true=means[2 * index + 1])
+        item["text"] = lm.tokenizer.decode(texts[index], skip_special_tokens=True)
+        item["says"] = "new" if says(item["text"], new) else "true" if says(item["text"], true) else "other"
+        items.append(item)
     return items
 
 
@@ -64,7 +57,7 @@ def says(text: str, target: str) -> bool:
     return re.match(rf"\W*{re.escape(target.strip())}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def outcomes(items: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def outcomes(items: Sequence[Item], before: Sequence[Item]) -> dict[str, list[Item]]:
     """Successes by metric, each with what the unedited model did on the same question.
 
     Args:
@@ -74,23 +67,18 @@ def outcomes(items: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) 
     Returns:
         metric (also with ``_generated``) -> items with ``id`` (of the request), ``value`` and ``base``.
     """
-    questions: dict[tuple[str, str], list[dict]] = {}
+    questions: dict[tuple[str, str], list[Item]] = {}
     for item in before:
         questions.setdefault((item["id"], item["kind"]), []).append(item)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for metric in METRICS:
-        found[metric], found[f"{metric}_generated"] = [], []
-    seen: dict[tuple[str, str], int] = {}
+    unedited = {place: iter(asked) for place, asked in questions.items()}
+    found: dict[str, list[Item]] = {f"{metric}{how}": [] for metric in METRICS for how in ("", "_generated")}
     for item in items:
-        kind = item["kind"]
-        place = (item["id"], kind)
-        base = questions[place][seen.setdefault(place, 0)]
-        seen[place] += 1
-        wanted = "true" if kind == "locality" else "new"
-        other = "new" if wanted == "true" else "true"
-        forced = [float(i[wanted] > i[other]) for i in (item, base)]
-        generated = [float(i["says"] == wanted) for i in (item, base)]
-        for metric, (value, start) in ((kind, forced), (f"{kind}_generated", generated)):
-            if kind != "locality" or start:
-                found[metric].append({"id": item["id"], "value": value, "base": start})
+        name, kind = item["id"], item["kind"]
+        both = (item, next(unedited[name, kind]))
+        wanted, other = ("true", "new") if kind == "locality" else ("new", "true")
+        forced = [float(answer[wanted] > answer[other]) for answer in both]
+        generated = [float(answer["says"] == wanted) for answer in both]
+        for metric, (value, base) in ((kind, forced), (f"{kind}_generated", generated)):
+            if kind != "locality" or base:
+                found[metric].append(Item(id=name, value=value, base=base))
     return found

@@ -49,6 +49,12 @@ def _read(path: Path) -> dict[str, Any]:
     return (_read(path.parent / config.pop("include")) if "include" in config else {}) | config
 
 
+def folders() -> dict[str, Path]:
+    """Suite -> the folder of its task files; those of other packages first, kedit's names cannot be taken by them."""
+    others = {name: Path(load_object(where)) for name, where in registered("suites", {}).items()}
+    return others | {name: HERE / name for name in ("mini", "pico", "safety")}
+
+
 @cache
 def suites() -> dict[str, dict[str, Path]]:
     """Suite -> benchmark -> its file; those that stand for the study's in the study's order."""
@@ -57,9 +63,7 @@ def suites() -> dict[str, dict[str, Path]]:
         last = path.stem.rpartition("_")[2]
         return list(PAPER).index(last) if last in PAPER else len(PAPER), path.stem
 
-    folders = {name: Path(load_object(where)) for name, where in registered("suites", {}).items()}
-    folders |= {name: HERE / name for name in ("mini", "pico", "safety")}
-    found = {suite: {p.stem: p for p in sorted(folder.glob("*.yaml"), key=order)} for suite, folder in folders.items()}
+    found = {name: {p.stem: p for p in sorted(folder.glob("*.yaml"), key=order)} for name, folder in folders().items()}
     return found | {"paper": dict.fromkeys(PAPER, HERE / "paper.yaml")}
 
 
@@ -70,15 +74,19 @@ def known() -> dict[str, Path]:
 
 
 @cache
+def _config(name: str) -> dict[str, Any]:
+    if name not in known():
+        raise unknown("benchmark", name, known())
+    return PAPER[name] if name in PAPER else _read(known()[name])
+
+
 def metadata(name: str) -> dict[str, Any]:
     """What is said of a benchmark (see above).
 
     Raises:
         KeditError: no such benchmark.
     """
-    if name not in known():
-        raise unknown("benchmark", name, known())
-    return (PAPER[name] if name in PAPER else _read(known()[name]))["metadata"]
+    return _config(name)["metadata"]
 
 
 @cache
@@ -87,18 +95,15 @@ def fingerprint(name: str) -> str:
 
     Of the paper suite: lm-eval's version, our settings, every item and the exemplars, wherever they came from.
     """
-    metadata(name)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(config := _config(name), sort_keys=True).encode())
     if name in PAPER:
-        digest.update(json.dumps([version("lm-eval"), PAPER[name]], sort_keys=True).encode())
+        digest.update(version("lm-eval").encode())
         for subtask, task in tasks(name).items():
             shown = islice(task.fewshot_docs() or (), task.config.num_fewshot)
             digest.update(json.dumps([subtask, list(shown), list(task.eval_docs)], sort_keys=True).encode())
         return digest.hexdigest()[:16]
-    config, folder = _read(known()[name]), known()[name].parent
-    digest.update(json.dumps(config, sort_keys=True).encode())
     file = config.get("dataset_kwargs", {}).get("file")
-    for path in [*([HERE / file] if file else []), *sorted(folder.glob("*.py"))]:
+    for path in [*([_located(file)] if file else []), *sorted(known()[name].parent.glob("*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -120,11 +125,17 @@ def tasks(name: str) -> dict[str, Any]:
     return dict(TaskManager(include_path=str(known()[name].parent), include_defaults=False).load([name])["tasks"])
 
 
+def _located(file: str) -> Path:
+    """A file by its path from the folder in which its suite's folder lies."""
+    paths = [folder.parent / file for folder in folders().values()]
+    return next((path for path in paths if path.exists()), HERE / file)
+
+
 def items(file: str, **_: Any) -> "datasets.DatasetDict":
-    """For a task's ``custom_dataset``: items of a JSONL file (its path from this folder) as the one split, ``test``."""
+    """For a task's ``custom_dataset``: items of a JSONL file, ``<suite>/<name>.jsonl``, as the one split, ``test``."""
     import datasets
 
-    lines = (HERE / file).read_text(encoding="utf-8").splitlines()
+    lines = _located(file).read_text(encoding="utf-8").splitlines()
     return datasets.DatasetDict(test=datasets.Dataset.from_list([json.loads(line) for line in lines]))
 
 
