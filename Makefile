@@ -1,5 +1,6 @@
 # make rq1              reproduce Figure RQ1 (20 minutes on two idle cores, after installing)
 # make rq1 PARAMS=smoke the same in small (90 seconds)
+# make rq1 EDITS=0,5 LIMIT=6 ORDERS=0,1   other edit counts, items of each benchmark, orders: a run with a name of its own
 # make help             all targets
 
 PYTHON ?= python3
@@ -7,6 +8,7 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+KEYS    = $(if $(EDITS),--edits $(EDITS)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(ORDERS),--orders $(ORDERS))
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
@@ -31,19 +33,16 @@ rq3: ## are larger models more robust?  PARAMS=pico | pythia
 rq4: ## are all abilities hit alike?  PARAMS=smollm2-135m | llama2-7b
 rq5: ## is an edited model still safe?  PARAMS=smollm2-135m | ...
 discussion: ## what breaks inside, and what breaks first?
-rq2 rq3: DEFAULT := pico
-rq1 rq4 rq5 discussion: DEFAULT := smollm2-135m
 rq1 rq2 rq3 rq4 rq5 discussion: $(READY)
-	$(PY) -m kedit run params/$@/$(or $(PARAMS),$(DEFAULT)).yaml $(if $(WORKERS),--workers $(WORKERS)) $(if $(DASK),--dask $(DASK))
-	$(PY) -m kedit notebook params/$@/$(or $(PARAMS),$(DEFAULT)).yaml
+	$(PY) -m kedit reproduce $@ $(PARAMS) $(KEYS) $(if $(WORKERS),--workers $(WORKERS)) $(if $(DASK),--dask $(DASK))
 
 all: rq1 rq2 rq3 rq4 rq5 discussion ## every question's default run
 
 list: $(READY) ## the parameter files
 	@$(PY) -m kedit list
 
-plan: $(READY) ## what a run would do, cost and need, without loading a model  PARAMS=rq1/llama2-7b
-	@$(PY) -m kedit plan params/$(or $(PARAMS),rq1/smollm2-135m).yaml
+plan: $(READY) ## what a run would do, cost and need, without loading a model  PARAMS=llama2-7b | rq2/pico  RQ=rq1
+	@$(PY) -m kedit plan $(or $(RQ),rq1) $(PARAMS) $(KEYS)
 
 figures: $(READY) ## redraw every figure from its committed cells, in seconds
 	$(PY) -m kedit figures
@@ -51,8 +50,8 @@ figures: $(READY) ## redraw every figure from its committed cells, in seconds
 report: $(READY) ## the notebooks, and all figures and verdicts on one page, as HTML: runs/report/index.html
 	$(PY) -m kedit report
 
-verify: $(READY) ## compare your last run with the committed reference  PARAMS=rq1/smollm2-135m
-	$(PY) -m kedit verify params/$(or $(PARAMS),rq1/smollm2-135m).yaml
+verify: $(READY) ## compare your last run with the committed reference  PARAMS=smollm2-135m | rq2/pico  RQ=rq1
+	$(PY) -m kedit verify $(or $(RQ),rq1) $(PARAMS)
 
 tables: $(READY) ## measure the README's tables again (hours, if nothing is stored)
 	$(PY) -m kedit tables

@@ -10,11 +10,9 @@ The five lines most people need::
 """
 
 import warnings
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
-
-# tqdm asks for ipywidgets in notebooks; its plain bar will do, and the warning would carry local paths.
-warnings.filterwarnings("ignore", message="IProgress not found")
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,17 +21,27 @@ class KeditError(Exception):
     """Something the user can put right; the message is one sentence that says how."""
 
 
-# Imported on first use: drawing figures from committed cells must not wait for torch.
+# Imported on first use: what does not need torch must not wait for it.
 _LAZY = {
-    "load": "kedit.model.lm",
     "LM": "kedit.model.lm",
     "EditRequest": "kedit.data.requests",
+    "check_editor": "kedit.editors.check",
     "editor": "kedit.editors",
+    "load": "kedit.model.lm",
 }
-__all__ = ["LM", "ROOT", "EditRequest", "KeditError", "editor", "load"]
+__all__ = ["LM", "ROOT", "EditRequest", "KeditError", "check_editor", "editor", "load"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("kedit")
     if name not in _LAZY:
         raise AttributeError(f"module 'kedit' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    with warnings.catch_warnings():
+        # tqdm asks for ipywidgets in notebooks; its plain bar will do, and the warning would carry local paths
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

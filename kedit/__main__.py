@@ -1,58 +1,23 @@
 """``python -m kedit``: run a parameter file, draw, measure tables, scan and train.
 
-User errors end with one sentence and exit code 2.
+User errors end with one sentence and exit code 2. Every command imports what it needs: ``list`` must not wait for
+torch.
 """
 
 import argparse
 import os
 import sys
-import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import kedit
 from kedit import KeditError
+from kedit.registry import unknown
 from kedit.store import runs_folder
-from kedit.workers import quiet_libraries
+from kedit.workers import log_to_stderr
 
-
-def _run(args: argparse.Namespace) -> None:
+if TYPE_CHECKING:
     from kedit.study.params import Params
-    from kedit.study.plan import check
-    from kedit.study.run import run
-
-    params = Params.read(args.params)
-    check(params)
-    run(params, workers=args.workers, scheduler=args.dask).save(runs_folder() / params.rq / params.name)
-
-
-def _notebook(args: argparse.Namespace) -> None:
-    import papermill
-    import yaml
-    from traitlets.config import Config
-
-    from kedit.analysis.questions import QUESTIONS
-    from kedit.study.params import Params
-
-    params = Params.read(args.params)
-    notebook = kedit.ROOT / "notebooks" / f"{QUESTIONS[params.rq]}.ipynb"
-    if not notebook.exists():
-        raise KeditError(f"the notebook {notebook.name} is not written yet; the results are in runs/{params.rq}.")
-    executed = runs_folder() / params.rq / params.name / notebook.name
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    config = Config()
-    if os.name == "posix":  # talk to the kernel through files: no port, no loopback interface needed
-        config.KernelManager.transport = "ipc"
-    papermill.execute_notebook(
-        notebook,
-        executed,
-        parameters={**yaml.safe_load(args.params.read_text()), "name": params.name, "source": "run"},
-        kernel_name="python3",
-        cwd=kedit.ROOT / "notebooks",
-        progress_bar=False,
-        config=config,
-    )
-    for path in (executed, *sorted((kedit.ROOT / "figures" / params.rq / params.name).iterdir())):
-        print("made", os.path.relpath(path, kedit.ROOT))
 
 
 def parameter_files() -> list[Path]:
@@ -62,33 +27,136 @@ def parameter_files() -> list[Path]:
     return [path for rq in QUESTIONS for path in sorted((kedit.ROOT / "params" / rq).glob("*.yaml"))]
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _made(path: Path) -> None:
+    print("made", os.path.relpath(path, kedit.ROOT))
+
+
+def _params(args: argparse.Namespace) -> "Params":
+    """The run that a command names: a file; or a question and a name, ``question/name``, or a question's default."""
+    from kedit.analysis.questions import QUESTIONS
+    from kedit.study.notebook import changed
     from kedit.study.params import Params
+
+    if args.run.endswith(".yaml"):
+        file = Params.read(args.run)
+    else:
+        names = args.name or args.run
+        rq, name = names.split("/", 1) if "/" in names else (args.run, args.name)
+        if rq not in QUESTIONS:
+            raise unknown("question", rq, QUESTIONS)
+        file = Params.find(rq, name or QUESTIONS[rq].default)
+    given = {key: value for key in ("edits", "limit", "orders") if (value := getattr(args, key)) is not ...}
+    return changed(file, given)
+
+
+def _run(args: argparse.Namespace) -> "Params":
+    """run a parameter file, or what is left of it"""
+    from kedit.study.plan import check
+    from kedit.study.run import run_and_save
+
+    params = _params(args)
+    check(params)
+    run_and_save(params, args.workers, args.dask)
+    return params
+
+
+def _notebook(args: argparse.Namespace) -> None:
+    """execute the question's notebook on a finished run, and draw"""
+    _draw(_params(args))
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    """run, and execute the question's notebook: the whole way to a figure"""
+    _draw(_run(args))
+
+
+def _draw(params: "Params") -> None:
+    import papermill
+    from traitlets.config import Config
+
+    from kedit.analysis.questions import QUESTIONS
+
+    if params.rq not in QUESTIONS:
+        raise unknown("question", params.rq, QUESTIONS)
+    notebook = f"{QUESTIONS[params.rq].notebook}.ipynb"
+    executed = runs_folder() / params.rq / params.name / notebook
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    config = Config()
+    if os.name == "posix":  # talk to the kernel through files: no port, no loopback interface needed
+        config.KernelManager.transport = "ipc"
+    papermill.execute_notebook(
+        kedit.ROOT / "notebooks" / notebook,
+        executed,
+        parameters={**params.values(), "name": params.name, "source": "run"},
+        kernel_name="python3",
+        cwd=kedit.ROOT / "notebooks",
+        progress_bar=False,
+        config=config,
+    )
+    for path in (executed, *sorted((kedit.ROOT / "figures" / params.rq / params.name).iterdir())):
+        _made(path)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    """say what a run would do, cost and need"""
     from kedit.study.plan import plan
 
-    print(plan(Params.read(args.params)))
+    print(plan(_params(args)))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    """compare a fresh run with the committed reference"""
+    from kedit.analysis.report import differences
+    from kedit.study.notebook import folder_of
+    from kedit.study.results import Results
+
+    params = _params(args)
+    fresh, committed = (Results.load(params, folder_of(params, source), source) for source in ("run", "committed"))
+    if lines := differences(fresh, committed):
+        raise KeditError(f"{len(lines)} rows differ from the committed reference, first: {lines[0]}")
+    print(f"{params.rq}/{params.name}: the fresh run agrees with the committed reference.")
 
 
 def _list(args: argparse.Namespace) -> None:
+    """list the parameter files"""
     for path in parameter_files():
         first = path.read_text().splitlines()[0].lstrip("# ")
         print(f"make {path.parent.name} PARAMS={path.stem:<20} {first}")
 
 
-def _tables(args: argparse.Namespace) -> None:
-    from kedit.analysis import tables as report
+def _figures(args: argparse.Namespace) -> None:
+    """redraw all from committed cells"""
+    from kedit.analysis.report import redraw
 
-    readme = (kedit.ROOT / "README.md").read_text()
-    report.update_readme(args.names or [name for name in report.TABLES if f"<!-- table {name} -->" in readme])
+    for path in redraw():
+        print(os.path.relpath(path, kedit.ROOT))
+
+
+def _report(args: argparse.Namespace) -> None:
+    """render the committed notebooks, and a page of all figures and verdicts, as HTML"""
+    from kedit.analysis.report import html
+
+    for path in html(runs_folder() / "report"):
+        _made(path)
+
+
+def _tables(args: argparse.Namespace) -> None:
+    """measure the README's tables and write them into it"""
+    from kedit.analysis import readme
+
+    text = (kedit.ROOT / "README.md").read_text()
+    readme.update_readme(args.names or [name for name in readme.TABLES if f"<!-- table {name} -->" in text])
 
 
 def _scan(args: argparse.Namespace) -> None:
-    from kedit.analysis import single
+    """try hyper-parameters on the validation split"""
+    from kedit.study.single import scan
 
-    print(single.scan(args.method, args.settings, args.records, args.model).to_string(index=False))
+    print(scan(args.method, args.settings, args.records, args.model).to_string(index=False))
 
 
 def _train(args: argparse.Namespace) -> None:
+    """train a method that needs it, and write what it learned to kedit/data"""
     from kedit.editors import kind_of, make_hparams
     from kedit.editors.protocol import committed
 
@@ -98,85 +166,72 @@ def _train(args: argparse.Namespace) -> None:
     lm = kedit.load(args.model)
     path = committed(kind.name, lm.name)
     kind.train(lm, make_hparams(kind, args.model), artefact=path)
-    print("made", os.path.relpath(path, kedit.ROOT))
+    _made(path)
 
 
 def _pico(args: argparse.Namespace) -> None:
+    """train the pico models anew"""
     from kedit.pico.train import make
 
     for path in make(args.names):
-        print("made", os.path.relpath(path, kedit.ROOT))
+        _made(path)
 
 
-def _figures(args: argparse.Namespace) -> None:
-    from kedit.analysis.report import redraw
-
-    for path in redraw():
-        print(path.relative_to(kedit.ROOT))
+def _number(text: str) -> int | str | None:
+    """A number, or what the check of the parameters will refuse by name."""
+    return None if text == "null" else int(text) if text.isdecimal() else text
 
 
-def _report(args: argparse.Namespace) -> None:
-    from kedit.analysis.report import html
-
-    for path in html(runs_folder() / "report"):
-        print("made", os.path.relpath(path, kedit.ROOT))
+def _numbers(text: str) -> list[int | str | None]:
+    return [_number(part.strip()) for part in text.split(",")]
 
 
-def _verify(args: argparse.Namespace) -> None:
-    from kedit.analysis.report import differences
-    from kedit.study.params import Params
-    from kedit.study.results import Results
-
-    params = Params.read(args.params)
-    fresh, committed = (
-        Results.load(params, top / params.rq / params.name) for top in (runs_folder(), kedit.ROOT / "figures")
-    )
-    if lines := differences(fresh, committed):
-        raise KeditError(f"{len(lines)} rows differ from the committed reference, first: {lines[0]}")
-    print(f"{params.rq}/{params.name}: the fresh run agrees with the committed reference.")
+RUN = {
+    "run": {"help": "a parameter file, a question such as rq1, or rq1/name"},
+    "name": {"nargs": "?", "help": "of the question's parameter file; by default its default"},
+    "--edits": {"type": _numbers, "default": ..., "help": "such as 0,5: instead of what the file says, as are"},
+    "--limit": {"type": _number, "default": ..., "help": "items of each benchmark, null for all, and"},
+    "--orders": {"type": _numbers, "default": ..., "help": "such as 0,1"},
+}
+WORKERS = {
+    "--workers": {"type": int, "help": "processes at once; by default one a core"},
+    "--dask": {"metavar": "ADDRESS", "help": "have the workers of this Dask scheduler do it"},
+}
+MODEL = {"--model": {"default": "smollm2-135m-instruct"}}
+NAMES = {"names": {"nargs": "*"}}
+COMMANDS: dict[Any, dict[str, dict[str, Any]]] = {
+    _run: RUN | WORKERS,
+    _notebook: RUN,
+    _reproduce: RUN | WORKERS,
+    _plan: RUN,
+    _verify: RUN,
+    _list: {},
+    _figures: {},
+    _report: {},
+    _tables: NAMES,
+    _scan: {
+        "method": {},
+        "settings": {"nargs": "*", "help": "such as layer=[3,5,7]"},
+        "--records": {"type": int, "default": 20},
+    }
+    | MODEL,
+    _train: {"method": {"help": "such as mend"}} | MODEL,
+    _pico: NAMES,
+}
+"""Each command's function, named as it is and helped by its docstring, with its arguments."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="kedit", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for name, function, text in (
-        ("run", _run, "run a parameter file, or what is left of it"),
-        ("plan", _plan, "say what a run would do, cost and need"),
-        ("notebook", _notebook, "execute the question's notebook on a finished run, and draw"),
-        ("verify", _verify, "compare a fresh run with the committed reference"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("params", type=Path)
-        if name == "run":
-            command.add_argument("--workers", type=int, help="processes at once; by default one a core")
-            command.add_argument("--dask", metavar="ADDRESS", help="have the workers of this Dask scheduler do it")
+    for function, arguments in COMMANDS.items():
+        command = commands.add_parser(function.__name__.strip("_"), help=function.__doc__)
+        for name, options in arguments.items():
+            command.add_argument(name, **options)
         command.set_defaults(function=function)
-    commands.add_parser("list", help="list the parameter files").set_defaults(function=_list)
-    commands.add_parser("figures", help="redraw all from committed cells").set_defaults(function=_figures)
-    commands.add_parser(
-        "report", help="render the committed notebooks, and a page of all figures and verdicts, as HTML"
-    ).set_defaults(function=_report)
-    command = commands.add_parser("tables", help="measure the README's tables and write them into it")
-    command.add_argument("names", nargs="*")
-    command.set_defaults(function=_tables)
-    command = commands.add_parser("scan", help="try hyper-parameters on the validation split")
-    command.add_argument("method")
-    command.add_argument("settings", nargs="*", help="such as layer=[3,5,7]")
-    command.add_argument("--records", type=int, default=20)
-    command.add_argument("--model", default="smollm2-135m-instruct")
-    command.set_defaults(function=_scan)
-    command = commands.add_parser("train", help="train a method that needs it, and write what it learned to kedit/data")
-    command.add_argument("method", help="such as mend")
-    command.add_argument("--model", default="smollm2-135m-instruct")
-    command.set_defaults(function=_train)
-    command = commands.add_parser("pico", help="train the pico models anew")
-    command.add_argument("names", nargs="*")
-    command.set_defaults(function=_pico)
     args = parser.parse_args(argv)
-
-    quiet_libraries()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    log_to_stderr()
     try:
         args.function(args)
     except KeditError as error:

@@ -72,7 +72,7 @@ class Job:
 
 
 def quiet_libraries() -> None:
-    """Of what other libraries log, only what went wrong; and no warnings of theirs that the user can do nothing about."""
+    """Of what other libraries log, only what went wrong; and no warnings that the user can do nothing about."""
     for noisy in ("httpx", "datasets", "lm_eval", "gensim", "smart_open", "distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

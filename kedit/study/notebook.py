@@ -6,6 +6,7 @@ A run that no file describes gets a name of its own.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
@@ -13,6 +14,8 @@ from kedit import ROOT, KeditError
 from kedit.store import digest, runs_folder
 from kedit.study.params import KEYS, Params
 from kedit.study.results import Results
+from kedit.study.run import run_and_save
+from kedit.workers import quiet_libraries
 
 
 def open_run(rq: str, cell: Mapping[str, Any]) -> Results:
@@ -26,6 +29,7 @@ def open_run(rq: str, cell: Mapping[str, Any]) -> Results:
     Raises:
         KeditError: there is no such file, a value is wrong, or there are no results.
     """
+    quiet_libraries()
     given = {key: cell[key] for key in KEYS if not isinstance(cell.get(key, ...), EllipsisType)}
     return results(chosen(rq, cell["name"], given), cell["source"])
 
@@ -39,50 +43,54 @@ def chosen(rq: str, name: str, given: Mapping[str, Any]) -> Params:
     Raises:
         KeditError: there is no such file, or a value is wrong.
     """
-    required = [key for key in KEYS if Params.model_fields[key].is_required()]
-    if not all(key in given for key in required):
-        file = Params.find(rq, name)
-        whole = Params.make(rq, name, {**file.values(), **given})
-        return _renamed(whole, file)
+    if not all(key in given for key, field in Params.model_fields.items() if field.is_required() and key in KEYS):
+        return changed(Params.find(rq, name), given)
     whole = Params.make(rq, name, given)
     files = [Params.read(path) for path in sorted((ROOT / "params" / rq).glob("*.yaml"))]
     try:
         files.insert(0, Params.find(rq, name))
     except KeditError:  # a file from elsewhere, with its name
         return whole
-    return _renamed(whole, min(files, key=lambda file: len(_changes(whole, file))))
+    return changed(min(files, key=lambda file: len(_differences(whole, file))), whole.values())
 
 
-def _changes(params: Params, file: Params) -> dict[str, Any]:
-    said = file.values()
-    return {key: value for key, value in params.values().items() if value != said[key]}
+def changed(file: Params, given: Mapping[str, Any]) -> Params:
+    """A run with some keys given otherwise, and what differs added to its name.
 
-
-def _renamed(params: Params, file: Params) -> Params:
-    """The same run under the file's name, with what differs added to it."""
+    Raises:
+        KeditError: a value is wrong.
+    """
+    params = Params.make(file.rq, file.name, {**file.values(), **given})
     name = file.name
-    for key, value in _changes(params, file).items():
-        numbers = value if isinstance(value, list) else [value]
-        text = "-".join(map(str, numbers))
+    for key, value in _differences(params, file).items():
+        text = "-".join(map(str, value if isinstance(value, list) else [value]))
         simple = key in ("edits", "orders", "limit", "dtype") and len(text) <= 20
         name += f"-{key}-{text if simple else digest(value)[:6]}"
     return params.model_copy(update={"name": name})
 
 
+def _differences(params: Params, file: Params) -> dict[str, Any]:
+    """What a run says and a file does not."""
+    base = file.values()
+    return {key: value for key, value in params.values().items() if value != base[key]}
+
+
+def folder_of(params: Params, source: str) -> Path:
+    """Where a run's results are: ``committed`` under figures/, ``run`` among the runs of this machine."""
+    if source not in ("committed", "run"):
+        raise KeditError(f"source is {source!r}; use committed or run.")
+    return (ROOT / "figures" if source == "committed" else runs_folder()) / params.rq / params.name
+
+
 def results(params: Params, source: str) -> Results:
-    """Results of a run: ``committed`` reads figures/, ``run`` runs whatever is not there yet.
+    """Results of a run: ``committed`` ones, or ``run`` computes whatever is not there yet.
 
     Raises:
         KeditError: there are none, or they are of other parameters; what a run may raise.
     """
-    if source == "committed":
-        return Results.load(params, ROOT / "figures" / params.rq / params.name)
-    if source != "run":
-        raise KeditError(f"source is {source!r}; use committed or run.")
-    folder = runs_folder() / params.rq / params.name
     try:
-        return Results.load(params, folder, source)
+        return Results.load(params, folder_of(params, source), source)
     except KeditError:
-        from kedit.study.run import run_and_save  # loads torch, for which drawing from finished cells must not wait
-
+        if source != "run":
+            raise
         return run_and_save(params)

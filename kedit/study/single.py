@@ -1,0 +1,139 @@
+"""Single edits, each undone before the next: what the README's table of methods and scans of hyper-parameters need.
+
+Every finished record is in the store, so both can be interrupted, and a table whose methods did not change costs
+nothing to make again.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+import pandas as pd
+import yaml
+from tqdm import tqdm
+
+from kedit import KeditError
+from kedit.data import facts
+from kedit.data.requests import EditRequest
+from kedit.editors import editor, kind_of
+from kedit.evaluation import benchmarks
+from kedit.evaluation.harness import evaluate
+from kedit.evaluation.success import METRICS, measure, outcomes
+from kedit.model.journal import EditFailed
+from kedit.model.lm import LM, load
+from kedit.store import Store, digest, runs_folder
+
+log = logging.getLogger(__name__)
+
+
+def single_edits(
+    lm: LM, name: str, requests: Sequence[EditRequest], hparams: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Edit, measure and undo, one request after another.
+
+    Yields:
+        for each request the journal's ``info``, the journal's size in ``bytes``, and what
+        ``success.measure`` gives ``before`` and ``after`` the edit.
+    """
+    store = Store(runs_folder() / "store")
+    method = editor(name, lm, hparams=hparams)
+    recipe = method.key()
+    for request in tqdm(requests, desc=name, mininterval=5):
+        start = digest("edit", lm.fingerprint, request.key())
+        if (before := store.get_json(start)) is None:
+            before = measure(lm, [request])
+            store.put_json(start, before)
+        key = digest("single", lm.fingerprint, recipe, request.key())
+        if (record := store.get_json(key)) is None:
+            try:
+                edit = method.apply(request)
+                record = {"info": edit.info, "bytes": len(edit.to_bytes()), "after": measure(lm, [request])}
+                edit.undo()
+            except EditFailed as error:
+                record = {"info": {"failed": str(error)}, "bytes": 0, "after": before}
+            store.put_json(key, record)
+        yield {**record, "before": before}
+
+
+def successes(records: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Outcomes of single edits by success metric."""
+    items: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        for metric, more in outcomes(record["after"], record["before"]).items():
+            items.setdefault(metric, []).extend(more)
+    return items
+
+
+def costs(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Median ``seconds`` and ``bytes`` of single edits, and how many ``failed``."""
+    seconds = [record["info"]["seconds"] for record in records if "seconds" in record["info"]]
+    return {
+        "seconds": median(seconds) if seconds else float("nan"),
+        "bytes": median(record["bytes"] for record in records),
+        "failed": sum("failed" in record["info"] for record in records),
+    }
+
+
+def _mean(items: Sequence[Mapping[str, Any]]) -> float:
+    return fmean(item["value"] for item in items) if items else float("nan")
+
+
+def seconds_an_edit(lm: LM, name: str, requests: Sequence[EditRequest]) -> float:
+    """Median time of edits made and undone now, preparation apart."""
+    method = editor(name, lm)
+    method.prepare()
+    times = []
+    for request in requests:
+        start = time.perf_counter()
+        edit = method.apply(request)
+        times.append(time.perf_counter() - start)
+        edit.undo()
+    return median(times)
+
+
+def measured(model: str, name: str, count: int, timed: int) -> tuple[list[dict[str, Any]], float]:
+    """A method's single edits of the first records of the bundled edit split, and seconds an edit of the first."""
+    lm, requests = load(model), facts.bundled("edit")[:count]
+    return list(single_edits(lm, name, requests)), seconds_an_edit(lm, name, requests[:timed])
+
+
+def unedited(model: str, suite: str) -> dict[str, list[float]]:
+    """Every item's score on every benchmark of a suite, before any edit."""
+    lm = load(model)
+    return {name: [item["value"] for item in evaluate(lm, name)] for name in benchmarks.suites()[suite]}
+
+
+def scan(name: str, settings: Sequence[str], count: int = 20, model: str = "smollm2-135m-instruct") -> pd.DataFrame:
+    """A method on a grid of hyper-parameters, such as ``["layer=[3, 5, 7]", "lr=[0.2, 0.5]"]``.
+
+    Records are those of the validation split: of the bundled set, or of their own for the pico models.
+
+    Raises:
+        KeditError: a setting that is not ``name=[values]``.
+    """
+    kind_of(name)
+    grid: dict[str, list] = {}
+    for setting in settings:
+        key, _, values = setting.partition("=")
+        grid[key] = yaml.safe_load(values)
+        if not isinstance(grid[key], list):
+            raise KeditError(f"scan: {setting!r} is not a list of values; write such as layer=[3,5,7].")
+    lm = load(model)
+    requests = facts.load("pico" if model.startswith("pico-") else "bundled", "validation")[:count]
+    rows = []
+    for values in itertools.product(*grid.values()):
+        hparams = dict(zip(grid, values, strict=True))
+        records = list(single_edits(lm, name, requests, hparams))
+        items, cost = successes(records), costs(records)
+        rates = {metric: round(_mean(items[metric]), 3) for metric in items}
+        rows.append(
+            {key: str(value) for key, value in hparams.items()}
+            | {metric: rates[metric] for metric in METRICS}
+            | {"generated": rates["reliability_generated"]}
+            | {"failed": cost["failed"], "seconds": round(cost["seconds"], 2)}
+        )
+        log.info("%s", rows[-1])
+    return pd.DataFrame(rows)
