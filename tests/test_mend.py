@@ -83,8 +83,8 @@ def test_the_factors_are_the_dense_gradient(lm):
         loss.backward()
         for module, (x, g) in zip(upper.modules, factors, strict=True):
             expected = stored(lm, module, weights[weight_name(lm, module)].grad)
-            found = g[row].double().T @ x[row].double()  # logits and factors are float32
-            assert (found - expected).norm() < 1e-5 * expected.norm()
+            product = g[row].double().T @ x[row].double()  # logits and factors are float32
+            assert (product - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_the_outer_gradient_is_that_of_dense_functional_weights(lm):
@@ -97,7 +97,7 @@ def test_the_outer_gradient_is_that_of_dense_functional_weights(lm):
     before = upper.logprobs(untouched)
     asked, now = after.split([len(after) - len(before), len(before)])
     loss = (mend.nll(asked, outers) + mend.divergence(before, now, untouched)).sum()
-    found = torch.autograd.grad(loss, watched, retain_graph=True)
+    gradients = torch.autograd.grad(loss, watched, retain_graph=True)
 
     total = 0.0
     for row in range(len(edits)):
@@ -108,7 +108,7 @@ def test_the_outer_gradient_is_that_of_dense_functional_weights(lm):
         total = total + mend.nll(dense(lm, weights, outer), outer).sum()
         total = total + mend.divergence(dense(lm, {}, local), dense(lm, weights, local), local).sum()
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
-    for mine, theirs in zip(found, torch.autograd.grad(total, watched), strict=True):
+    for mine, theirs in zip(gradients, torch.autograd.grad(total, watched), strict=True):
         assert theirs.norm() > 0
         assert (mine - theirs).norm() < 1e-4 * theirs.norm()
 

