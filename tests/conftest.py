@@ -88,16 +88,16 @@ def statistics(moments):
 CONTEXTS = ["{}", "The answer to this is known. {}", "Because. {}"]
 # The subject ends the prompt: a random model has no attention head that would carry a fact further.
 REQUEST = EditRequest("The capital city of {}", "France", " Rome", "Paris")
-SEARCH = {"clamp": 50.0, "lr": 1.0, "steps": 60, "kl": 0.0}
+SEARCH = {"clamp_norm_factor": 50.0, "lr": 1.0, "steps": 59, "kl_factor": 0.0}
 HPARAMS = {
     "rome": {"layer": 2, **SEARCH},
     "r-rome": {"layer": 2, **SEARCH},
-    "memit": {"layers": [1, 2], "weight": 0.001, **SEARCH},
-    "alphaedit": {"layers": [1, 2], "share": 0.9, "ridge": 0.01, **SEARCH},
-    "pmet": {"layers": [1, 2], "weight": 0.001, **SEARCH},
+    "memit": {"layers": [1, 2], "mom2_weight": 0.001, **SEARCH},
+    "alphaedit": {"layers": [1, 2], "null_space_share": 0.9, "l2": 0.01, **SEARCH},
+    "pmet": {"layers": [1, 2], "mom2_weight": 0.001, **SEARCH},
     "ft-l": {"layer": 2, "lr": 0.05, "steps": 60},
     "ft-m": {"layer": 2, "lr": 0.05, "steps": 60},
-    "kn": {"steps": 5},
+    "kn": {"points": 5},
     "grace": {"layer": 2, "steps": 60, "epsilon": 0.1},
 }
 """Settings under which every method reaches its target on every tiny model (KN need not)."""

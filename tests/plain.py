@@ -7,7 +7,7 @@ from kedit.model.anatomy import matrix
 from kedit.model.forward import pad
 
 
-def search(lm, texts, kl_text, target, init, settings):
+def search(lm, texts, kl_text, target, layer, init, settings):
     """Every row in full through the whole model at every step, delta put in by a hook on the MLP."""
     full = [[*text.ids, *target[:-1]] for text in texts] + [list(kl_text.ids)]
     places = [text.lookup for text in texts] + [kl_text.lookup]
@@ -21,9 +21,9 @@ def search(lm, texts, kl_text, target, init, settings):
         shift[range(len(full)), places] = 1.0
         return output + shift * delta
 
-    for step in range(settings.steps):
+    for step in range(settings.steps + 1):
         with torch.enable_grad():
-            handle = lm.anatomy.down(settings.layer).register_forward_hook(add)
+            handle = lm.anatomy.down(layer).register_forward_hook(add)
             logprobs = lm.model(ids, attention_mask=mask).logits.log_softmax(-1)
             handle.remove()
             nll = 0.0
@@ -32,21 +32,21 @@ def search(lm, texts, kl_text, target, init, settings):
                 nll = nll - sum(logprobs[i, start + j, t] for j, t in enumerate(target)) / len(target)
             now = logprobs[len(texts), kl_text.lookup]
             before = now.detach() if before is None else before
-            divergence = torch.nn.functional.kl_div(now, before, log_target=True, reduction="sum")
-            loss = nll / len(texts) + settings.kl * divergence + settings.decay * delta.norm() / init.norm() ** 2
+            kl = torch.nn.functional.kl_div(now, before, log_target=True, reduction="sum")
+            loss = nll / len(texts) + settings.kl_factor * kl + settings.weight_decay * delta.norm() / init.norm() ** 2
         losses.append(loss.item())
-        if loss < STOP or step == settings.steps - 1:
+        if loss < STOP or step == settings.steps:
             return delta.detach(), losses
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         with torch.no_grad():
-            delta *= min(1.0, (settings.clamp * init.norm() / delta.norm()).item())
+            delta *= min(1.0, (settings.clamp_norm_factor * init.norm() / delta.norm()).item())
 
 
-def ridge(moment, weight, keys):
-    """(weight C + K K^T)^-1 K with the m x m matrix formed and solved; keys (m, n) -> (m, n)."""
-    return torch.linalg.solve(weight * moment.double() + keys @ keys.T, keys)
+def ridge(moment, mom2_weight, keys):
+    """(mom2_weight C + K K^T)^-1 K with the m x m matrix formed and solved; keys (m, n) -> (m, n)."""
+    return torch.linalg.solve(mom2_weight * moment.double() + keys @ keys.T, keys)
 
 
 def null_space(projection, held, l2, keys):
@@ -55,7 +55,7 @@ def null_space(projection, held, l2, keys):
     return torch.linalg.solve(projection @ (keys @ keys.T + held) + l2 * identity, projection @ keys)
 
 
-def attributions(lm, ids, answer, steps):
+def attributions(lm, ids, answer, points):
     """KN's integrated gradients, one scaled copy after another through the whole model: (layers, m)."""
     found = []
     for layer in range(lm.layers):
@@ -67,7 +67,7 @@ def attributions(lm, ids, answer, steps):
             return torch.cat([output[:, :-1], neurons[None, None]], 1)
 
         gradients = []
-        for share in torch.linspace(0, 1, steps):
+        for share in torch.linspace(0, 1, points):
             seen["share"] = share
             handle = inner.register_forward_hook(scale)
             with torch.enable_grad():

@@ -15,7 +15,7 @@ from kedit.editors.second_moments import SecondMoments
 
 @pytest.fixture
 def setting(llama, statistics):
-    hparams = {**HPARAMS, "alphaedit": {**HPARAMS["alphaedit"], "ridge": 1.0}}
+    hparams = {**HPARAMS, "alphaedit": {**HPARAMS["alphaedit"], "l2": 1.0}}
     edits = {"rome": 12, "grace": 12}
     requests = facts.bundled("edit")[:4]
     return bench.Setting(llama, statistics(llama), requests, hparams, steps=2, points=2, repeats=2, edits=edits)
@@ -66,9 +66,9 @@ def test_the_gpu_bench_measures_a_small_model_here(monkeypatch):
     before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
     statistics = SecondMoments(lm, tokens=2048)
     rows = [
-        bench_gpu.edits(lm, method, statistics, 3, **{**HPARAMS[method], "steps": 2, **contexts})
+        bench_gpu.edits(lm, method, statistics, 3, **{**HPARAMS[method], **few})
         for method in bench_gpu.METHODS
-        for contexts in [{"contexts": [[2, 2]]} if "clamp" in HPARAMS[method] else {}]
+        for few in [{"steps": 1, "context_lengths": [[2, 2]]} if "kl_factor" in HPARAMS[method] else {}]
     ]
     assert [row["failed"] for row in rows] == [0] * len(bench_gpu.METHODS)
     assert all(torch.equal(weight, before[name]) for name, weight in lm.model.state_dict().items())

@@ -54,7 +54,7 @@ def in_parts(lm, devices):
 
 
 SETTINGS = {
-    **{method: {**hparams, "steps": 4} for method, hparams in HPARAMS.items()},
+    **{method: {**hparams, "points" if method == "kn" else "steps": 4} for method, hparams in HPARAMS.items()},
     "mend": {"layers": [1, 2], "rank": 8, "steps": 1, "accumulate": 2},
     "serac": {"steps": 1},
     "ike": {"k": 8, "spread": False, "scope": 0.65},

@@ -90,7 +90,7 @@ def test_a_run_taken_up_again_makes_the_edit_that_it_would_have_made(llama, meth
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris, and Lyon is a city on a river there. " * 300)
     first, second = (EditRequest("The capital of {} is", name, "Rome", "Paris", id=name) for name in ("France", "Peru"))
-    sampled = {"contexts": [[3, 2]]} if "steps" in HPARAMS[method] and "clamp" in HPARAMS[method] else {}
+    sampled = {"context_lengths": [[3, 2]]} if "kl_factor" in HPARAMS[method] else {}
 
     def fresh():
         statistics = SecondMoments(llama, text=str(text), tokens=2048)
@@ -172,10 +172,10 @@ def test_a_failed_edit_leaves_the_model_as_it_was(llama, statistics, monkeypatch
 @pytest.mark.parametrize(
     ("name", "hparams", "sentence"),
     [
-        ("roem", None, "does not exist; use one of"),
+        ("roem", None, "does not exist; did you mean 'rome'"),
         ("rome", None, "no block for model 'llama'"),
-        ("rome", {"layer": 1, "clmap": 2}, "did you mean 'clamp'"),
-        ("rome", {"clamp": 2.0}, "layer"),
+        ("rome", {"layer": 1, "weigth_decay": 2}, "did you mean 'weight_decay'"),
+        ("rome", {"lr": 2.0}, "layer"),
     ],
 )
 def test_wrong_names_and_keys_are_one_sentence(llama, name, hparams, sentence):
@@ -185,11 +185,11 @@ def test_wrong_names_and_keys_are_one_sentence(llama, name, hparams, sentence):
 
 def test_a_subject_at_the_start_is_not_amplified(smollm2):
     """Without a begin token this edit's update is several times too large (methods of Fall of ROME)."""
-    editor = kedit.editor("rome", smollm2, hparams={"steps": 2, "contexts": [[5, 2]]})
+    editor = kedit.editor("rome", smollm2, hparams={"steps": 1, "context_lengths": [[5, 2]]})
     with_begin = editor.apply(EditRequest("{} is in the continent of", "Egypt", "Asia", "Africa"))
     with_begin.undo()
     bare = type(smollm2)(smollm2.model, smollm2.tokenizer, smollm2.name, begin=False)
-    editor = kedit.editor("rome", bare, hparams={"steps": 2}, statistics=editor.statistics, contexts=editor.contexts)
+    editor = kedit.editor("rome", bare, hparams={"steps": 1}, statistics=editor.statistics, contexts=editor.contexts)
     without = editor.apply(EditRequest("{} is in the continent of", "Egypt", "Asia", "Africa"))
     without.undo()
     assert with_begin.info["amplification"] < 2 < without.info["amplification"]

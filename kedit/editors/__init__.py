@@ -2,14 +2,14 @@
 
 An editor is made for a model. ``prepare()`` does what may be slow and can be cached (statistics,
 training); ``apply(request)`` edits the model in place and returns what changed. Code around editors
-never asks which one it holds. To add a method: write a file here, add its line to ``EDITORS``, and
-give it hyper-parameters in ``params/methods/<name>.yaml``.
+never asks which one it holds. To add a method: write a file here, add its line to ``EDITORS`` (another
+package adds an entry point of the group ``kedit.editors``), and give it hyper-parameters in
+``params/methods/<name>.yaml``.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from importlib import import_module
 from typing import Any
 
 import yaml
@@ -19,26 +19,43 @@ from kedit import KeditError
 from kedit.editors.protocol import Editor
 from kedit.editors.second_moments import SecondMoments
 from kedit.model.lm import LM
+from kedit.registry import load_object, registered, remedy, unknown
 
 EDITORS = {
-    "control": "kedit.editors.control.Control",
-    "rome": "kedit.editors.rome.ROME",
-    "r-rome": "kedit.editors.r_rome.RROME",
-    "memit": "kedit.editors.memit.MEMIT",
-    "alphaedit": "kedit.editors.alphaedit.AlphaEdit",
-    "pmet": "kedit.editors.pmet.PMET",
-    "kn": "kedit.editors.kn.KN",
-    "mend": "kedit.editors.mend.MEND",
-    "ft-l": "kedit.editors.ft.FTL",
-    "ft-m": "kedit.editors.ft.FTM",
-    "grace": "kedit.editors.grace.GRACE",
-    "serac": "kedit.editors.serac.SERAC",
-    "ike": "kedit.editors.ike.IKE",
+    "control": "kedit.editors.control:Control",
+    "rome": "kedit.editors.rome:ROME",
+    "r-rome": "kedit.editors.r_rome:RROME",
+    "memit": "kedit.editors.memit:MEMIT",
+    "alphaedit": "kedit.editors.alphaedit:AlphaEdit",
+    "pmet": "kedit.editors.pmet:PMET",
+    "kn": "kedit.editors.kn:KN",
+    "mend": "kedit.editors.mend:MEND",
+    "ft-l": "kedit.editors.ft:FTL",
+    "ft-m": "kedit.editors.ft:FTM",
+    "grace": "kedit.editors.grace:GRACE",
+    "serac": "kedit.editors.serac:SERAC",
+    "ike": "kedit.editors.ike:IKE",
 }
 
 
+def known() -> dict[str, str]:
+    """Every method's name, and its class as ``module:Class``."""
+    return registered("editors", EDITORS)
+
+
+def kind_of(name: str) -> type[Editor]:
+    """The editor class of a method.
+
+    Raises:
+        KeditError: unknown method.
+    """
+    if name not in (editors := known()):
+        raise unknown("method", name, editors)
+    return load_object(editors[name])
+
+
 def hparams_of(method: str, model: str) -> dict[str, Any]:
-    """The block of ``params/methods/<method>.yaml`` for a model.
+    """The block of ``params/methods/<method>.yaml`` for a model; nothing where there is no such file.
 
     Raises:
         KeditError: the file has no block that lists the model.
@@ -52,36 +69,6 @@ def hparams_of(method: str, model: str) -> dict[str, Any]:
     raise KeditError(
         f"params/methods/{method}.yaml has no block for model {model!r}; add one, or pass hparams=... yourself."
     )
-
-
-def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """Make a dataclass from a mapping, naming misspelt and missing keys.
-
-    Raises:
-        KeditError: unknown or missing keys.
-    """
-    known = {f.name: f for f in fields(kind)}
-    for key in values:
-        if key not in known:
-            hint = get_close_matches(key, known, 1)
-            advice = f"did you mean {hint[0]!r}?" if hint else f"it knows {', '.join(known)}."
-            raise KeditError(f"{where}: unknown key {key!r}; {advice}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise KeditError(f"{where}: {error}.") from error
-
-
-def kind_of(name: str) -> type[Editor]:
-    """The editor class of a method.
-
-    Raises:
-        KeditError: unknown method.
-    """
-    if name not in EDITORS:
-        raise KeditError(f"method {name!r} does not exist; use one of {', '.join(EDITORS)}.")
-    module, _, attribute = EDITORS[name].rpartition(".")
-    return getattr(import_module(module), attribute)
 
 
 def make_hparams(kind: type[Editor], model: str, given: Mapping[str, Any] | None = None) -> Any:
@@ -98,7 +85,15 @@ def make_hparams(kind: type[Editor], model: str, given: Mapping[str, Any] | None
         if not given:
             raise
         values = {}
-    return build(kind.Hparams, {**values, **(given or {})}, f"hyper-parameters of {kind.name}")
+    values, names = {**values, **(given or {})}, [field.name for field in fields(kind.Hparams)]
+    for key in values:
+        if key not in names:
+            hint = remedy(get_close_matches(key, names, 1), names)
+            raise KeditError(f"hyper-parameters of {kind.name}: unknown key {key!r}; {hint}")
+    try:
+        return kind.Hparams(**values)
+    except TypeError as error:
+        raise KeditError(f"hyper-parameters of {kind.name}: {error}.") from error
 
 
 def editor(

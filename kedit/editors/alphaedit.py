@@ -1,38 +1,39 @@
 """AlphaEdit: MEMIT whose updates cannot touch the directions that keys of ordinary text take.
 
-Fang et al., "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", 2025; methods
-section 8. Updates are confined to the span of U, the eigenvectors of C with the smallest eigenvalues,
-and the keys of earlier edits are held as well.
+Fang et al., "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", 2025. Updates are
+confined to the span of U, the eigenvectors of C with the smallest eigenvalues, and the keys of earlier
+edits are held as well.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kedit.data.requests import EditRequest
-from kedit.editors import memit
-from kedit.editors.cost import Cost, Shape, locate_then_edit
+from kedit.editors import locate_then_edit, memit
 from kedit.model.journal import Edit, Entry
 from kedit.model.memory import Memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hparams(memit.Hparams):
-    """Settings of AlphaEdit; ``weight`` is not used.
+class Hparams(locate_then_edit.Hparams):
+    """Settings of AlphaEdit.
 
-    ``share``: the null space is as many of the smallest eigenvalues of C as together hold this share of
-    their sum, which means the same for every layer and model. ``threshold``, if given, is instead the
-    published absolute bound on eigenvalues (0.02). ``ridge`` is the method's L2.
+    ``null_space_share``: the null space is as many of the smallest eigenvalues of C as together hold this share
+    of their sum, which means the same for every layer and model. ``nullspace_threshold``, if given, is instead
+    the published absolute bound on eigenvalues (0.02). ``l2`` is the method's L2.
     """
 
-    weight: float = 0.0
-    share: float = 0.1
-    threshold: float | None = None
-    ridge: float = 10.0
+    layers: tuple[int, ...]
+    null_space_share: float = 0.1
+    nullspace_threshold: float | None = None
+    l2: float = 10.0
+    context_lengths: tuple[tuple[int, int], ...] = ((10, 5),)
 
 
-class Held(Memory):
+class KeyMemory(Memory):
     """Keys of earlier edits, (layers, m) each, and what the next edit needs of them.
 
     For each layer those keys in the basis of the null space, (r, n), and the Cholesky factor (n, n) of
@@ -41,32 +42,29 @@ class Held(Memory):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inside: dict[int, Tensor] = {}
-        self.factors: dict[int, Tensor] = {}
-        self.bases: dict[int, Tensor] = {}
+        self._grown: dict[int, tuple[Tensor, Tensor]] = {}
 
     def clear(self) -> None:
         """Forget all."""
         super().clear()
-        self.inside.clear()
-        self.factors.clear()
+        self._grown.clear()
 
-    def read(self, place: int, basis: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-        """Keys of the layer at ``place`` within the basis, and the factor, brought up to the last edit."""
-        known = self.inside.get(place, basis.new_zeros(basis.shape[1], 0))
-        factor = self.factors.get(place, basis.new_zeros(0, 0))
-        for entry in self.entries[known.shape[1] :]:
-            known, factor = grown(known, factor, basis.T @ entry["keys"][place].to(basis), ridge)
-        self.inside[place], self.factors[place] = known, factor
-        return known, factor
+    def read(self, position: int, basis: Tensor, l2: float) -> tuple[Tensor, Tensor]:
+        """Keys of the layer at a position within the basis, and the factor, brought up to the last edit."""
+        empty = basis.new_zeros(basis.shape[1], 0), basis.new_zeros(0, 0)
+        keys, factor = self._grown.get(position, empty)
+        for entry in self.entries[keys.shape[1] :]:
+            keys, factor = grow(keys, factor, basis.T @ entry["keys"][position].to(basis), l2)
+        self._grown[position] = keys, factor
+        return keys, factor
 
 
-def grown(known: Tensor, factor: Tensor, key: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """One key more: keys (r, n + 1) and the Cholesky factor of ridge I + their Gram matrix."""
-    across = torch.linalg.solve_triangular(factor, (known.T @ key)[:, None], upper=False)
-    corner = (ridge + key @ key - across.square().sum()).sqrt().view(1, 1)
+def grow(keys: Tensor, factor: Tensor, key: Tensor, l2: float) -> tuple[Tensor, Tensor]:
+    """One key more: keys (r, n + 1) and the Cholesky factor of L2 I + their Gram matrix."""
+    across = torch.linalg.solve_triangular(factor, (keys.T @ key)[:, None], upper=False)
+    corner = (l2 + key @ key - across.square().sum()).sqrt().view(1, 1)
     factor = torch.cat([torch.nn.functional.pad(factor, (0, 1)), torch.cat([across.T, corner], 1)])
-    return torch.cat([known, key[:, None]], 1), factor
+    return torch.cat([keys, key[:, None]], 1), factor
 
 
 class AlphaEdit(memit.MEMIT):
@@ -81,37 +79,34 @@ class AlphaEdit(memit.MEMIT):
     label = "AlphaEdit"
     style = ("#0072b2", "*", "--")
     Hparams = Hparams
+    moments_work, moments_kept = 30, 3  # eigenvectors
 
-    def make_memory(self) -> Held:
-        """Keys of earlier edits."""
-        return Held()
+    def make_memory(self) -> KeyMemory:
+        """The keys of earlier edits."""
+        return KeyMemory()
 
-    @classmethod
-    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
-        """MEMIT's, with eigenvectors in place of Cholesky factors."""
-        return locate_then_edit(
-            shape, hparams.layers, hparams.steps - 1, hparams.contexts, tokens, factorisations=30, factors=3
-        )
+    @cached_property
+    def _bases(self) -> dict[int, Tensor]:
+        return {}
 
     def basis(self, layer: int) -> Tensor:
         """U, an orthonormal basis of the null space: (m, r) float64."""
-        if layer not in self.memory.bases:
+        if layer not in self._bases:
             values, vectors = self.statistics.spectrum(layer)
-            if self.hparams.threshold is not None:
-                rank = int((values < self.hparams.threshold).sum())
-            else:
-                rank = int((values.cumsum(0) <= self.hparams.share * values.sum()).sum())
-            self.memory.bases[layer] = vectors[:, :rank].contiguous()
-        return self.memory.bases[layer]
+            small = values.cumsum(0) <= self.hparams.null_space_share * values.sum()
+            if self.hparams.nullspace_threshold is not None:
+                small = values < self.hparams.nullspace_threshold
+            self._bases[layer] = vectors[:, : int(small.sum())].contiguous()
+        return self._bases[layer]
 
     def _gain(self, layer: int, keys: Tensor) -> Tensor:
-        basis, ridge = self.basis(layer), self.hparams.ridge
+        basis, l2 = self.basis(layer), self.hparams.l2
         inside = basis.T @ keys
-        known, factor = self.memory.read(self.hparams.layers.index(layer), basis, ridge)
+        known, factor = self.memory.read(self.hparams.layers.index(layer), basis, l2)
         for key in inside.T:
-            known, factor = grown(known, factor, key, ridge)
+            known, factor = grow(known, factor, key, l2)
         solved = torch.cholesky_solve(known.T @ inside, factor)
-        return basis @ (inside - known @ solved) / ridge
+        return basis @ (inside - known @ solved) / l2
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         super()._apply(request, edit)

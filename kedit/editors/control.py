@@ -4,6 +4,8 @@ It goes through the same trajectory, journal and evaluation as every method, so 
 shows is the pipeline's doing, not an edit's.
 """
 
+from typing import Any
+
 from kedit.data.requests import EditRequest
 from kedit.editors.cost import Cost, Shape
 from kedit.editors.protocol import Editor
@@ -16,11 +18,10 @@ class Control(Editor):
     name = "control"
     label = "control (no edit)"
     style = ("#7f7f7f", "x", "-")
-
     edits = False
 
     @classmethod
-    def cost(cls, shape: Shape, hparams: object, tokens: int) -> Cost:
+    def cost(cls, shape: Shape, hparams: Any, tokens: int) -> Cost:
         """Nothing."""
         return Cost(journal_bytes=0)
 

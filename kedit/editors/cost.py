@@ -4,7 +4,6 @@ Two operations a parameter and token read, and as much again for each half of a 
 needed; what a method costs is its own (``Editor.cost``).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 FLOAT = 4
@@ -73,39 +72,6 @@ def reading(shape: Shape, tokens: float, at_once: float) -> Work:
     return Work(2 * shape.parameters * tokens, shape.bytes * tokens / at_once)
 
 
-def descent(shape: Shape, rows: int, steps: int, layer: int) -> Work:
+def searching(shape: Shape, rows: int, steps: int, layer: int) -> Work:
     """Steps forward and backward (by activations: as much again) through the blocks above a layer, on texts' tails."""
     return reading(shape, rows * TAIL, rows * TAIL) * (2 * steps * (1 - layer / shape.layers))
-
-
-def locate_then_edit(
-    shape: Shape,
-    layers: Sequence[int],
-    steps: int,
-    context_lengths: Sequence[tuple[int, int]],
-    tokens: int,
-    *,
-    factorisations: int = 1,
-    factors: int = 2,
-) -> Cost:
-    """ROME's, MEMIT's and their kin's: a value search, keys in every context, second moments.
-
-    Args:
-        steps: updates of the search; it runs forward once more.
-        tokens: of the text that second moments are taken over.
-        factorisations: of a second moment, counted as Cholesky's.
-        factors: matrices (m, m) kept for a layer on the host, in float64 as second moments are while summed.
-    """
-    rows = 2 + sum(count for _, count in context_lengths)  # the bare prompt, and that of the KL term
-    keys = reading(shape, rows * (PROMPT + 10), rows * (PROMPT + 10)) * len(layers)
-    solves = Work(4 * shape.m**2 * len(layers))
-    passes = reading(shape, tokens, 512) * ((max(layers) + 1) / shape.layers)
-    products = Work(2 * tokens * shape.m**2 * len(layers))
-    square = 8 * shape.m**2
-    return Cost(
-        edit=descent(shape, rows, steps + 1, max(layers)) + keys + solves,
-        once=passes + products + Work(shape.m**3 / 3 * len(layers) * factorisations),
-        journal_bytes=2 * (shape.d + shape.m) * FLOAT * len(layers),
-        device_bytes=len(layers) * (square + FLOAT * shape.d * shape.m) + square,
-        host_bytes=len(layers) * square * factors,
-    )

@@ -1,8 +1,8 @@
 """GRACE: a codebook at one layer answers for prompts whose key is close enough to one it knows.
 
-Hartvigsen et al., "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", 2023;
-methods section 5. The weights stay as they are. Where a prompt ends, the layer's input is compared with
-the keys; within the radius of the nearest, the layer's output is replaced by the value learned for it.
+Hartvigsen et al., "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", 2023. The
+weights stay as they are. Where a prompt ends, the layer's input is compared with the keys; within the radius
+of the nearest, the layer's output is replaced by the value learned for it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedit.data.requests import EditRequest, spaced
-from kedit.editors.cost import FLOAT, Cost, Shape, descent
+from kedit.data.requests import EditRequest
+from kedit.editors.cost import FLOAT, Cost, Shape, searching
+from kedit.editors.descent import descend, nll_loss, run_shifted
 from kedit.editors.protocol import Editor
-from kedit.model.forward import LookupText, Tail, activations
-from kedit.model.journal import Edit, EditFailed, Entry
+from kedit.model.forward import LookupText, Tail, activations, hooked
+from kedit.model.journal import Edit, Entry
 from kedit.model.lm import LM
 from kedit.model.memory import Memory
 
-GAP = 1e-5  # how far apart two radii are kept when a ball is split
-SAME = 1e-3  # keys closer than this share of their norm are one prompt's, read with other rounding
+GAP = 1e-5
+"""How far apart two radii are kept when a ball is split."""
+SAME = 1e-3
+"""Keys closer than this share of their norm are one prompt's, read with other rounding."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +48,21 @@ class Hparams:
 
 
 class Codebook(Memory):
-    """Rows of key, value, radius and label (the target's token ids). Entries set a row, or add one."""
+    """Rows of key, value, radius and label (the target's token ids)."""
 
     def __init__(self, lm: LM, layer: int):
         super().__init__()
         self.site = lm.anatomy.down(layer)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Set some fields of the row ``place``, which may be a new one."""
+        """Set some fields of the row whose index is the entry's ``place``, which may be a new one."""
         fields = {name: value for name, value in entry.items() if name != "place"}
         if entry["place"] == len(self.entries):
-            self.entries.append(fields)
-        else:
-            self.entries[entry["place"]] = {**self.entries[entry["place"]], **fields}
+            self.entries.append({})
+        self.entries[entry["place"]] = {**self.entries[entry["place"]], **fields}
 
     def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance (n,) to the nearest row and its place (n,), the latest of equals; keys (n, m)."""
+        """Distance (n,) to the nearest row and its index (n,), the latest of equals; keys (n, m)."""
         known = torch.stack([row["key"] for row in self.entries]).to(keys)
         distances = torch.cdist(keys, known, compute_mode="donot_use_mm_for_euclid_dist").flip(1)
         best = distances.min(1)
@@ -68,24 +70,18 @@ class Codebook(Memory):
 
     @contextmanager
     def answering(self, places: Sequence[int]) -> Iterator[None]:
-        """Within the block, the layer's output at the places is replaced where a row is near enough."""
-        if not self.entries or not places:
-            yield
-            return
+        """Within the block, the layer's output at these positions is replaced where a row is near enough."""
 
         def answer(module, args, output: Tensor) -> Tensor:
             distances, rows = self.nearest(args[0][0, places])
             changed = output.clone()
-            for place, distance, row in zip(places, distances.tolist(), rows.tolist(), strict=True):
+            for position, distance, row in zip(places, distances.tolist(), rows.tolist(), strict=True):
                 if distance <= self.entries[row]["epsilon"]:
-                    changed[0, place] = self.entries[row]["value"].to(output)
+                    changed[0, position] = self.entries[row]["value"].to(output)
             return changed
 
-        handle = self.site.register_forward_hook(answer)
-        try:
+        with hooked({self.site: answer} if self.entries and places else {}):
             yield
-        finally:
-            handle.remove()
 
 
 class GRACE(Editor):
@@ -102,7 +98,7 @@ class GRACE(Editor):
     @classmethod
     def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
         """A search for one vector; key and value are stored."""
-        work = descent(shape, 1, hparams.steps, hparams.layer)
+        work = searching(shape, 1, hparams.steps, hparams.layer)
         return Cost(edit=work, journal_bytes=(shape.d + shape.m) * FLOAT)
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
@@ -110,37 +106,41 @@ class GRACE(Editor):
         if len(lm.journal.edits) % hp.every:
             edit.info["skipped"] = True
             return
-        ids = [*lm.begin, *lm.encode(request.text)]
+        ids, target = self.prompt_ids(request), self.target_ids(request)
         prompt = LookupText(tuple(ids), len(ids) - 1)
-        target = lm.encode(spaced(request.target_new, request.prompt))
         key = activations(lm, [prompt], [hp.layer], "key")[hp.layer][0].float()
         output = activations(lm, [prompt], [hp.layer], "value")[hp.layer][0].float()
-        radius = hp.epsilon * key.norm().item()
-
-        place, value = len(rows), self._start(output)
-        entry: dict[str, Any] = {"key": key.cpu(), "epsilon": radius, "label": list(target)}
-        if rows:
-            distance, nearest = (found.item() for found in self.memory.nearest(key[None]))
-            row = rows[nearest]
-            if distance <= radius + row["epsilon"]:
-                if row["label"] == list(target):  # the same answer: one ball that covers both
-                    place, value = nearest, row["value"].to(output, copy=True)
-                    entry = {"epsilon": max(distance, row["epsilon"])}
-                elif distance < SAME * key.norm().item():  # the very prompt again: no ball could tell the two apart
-                    place, entry = nearest, {"epsilon": row["epsilon"], "label": list(target)}
-                else:  # another answer: two balls that do not meet
-                    edit.write(Entry(self.name, {"place": nearest, "epsilon": distance / 2 - GAP}))
-                    entry["epsilon"] = distance / 2
-            edit.info["distance"] = distance
-        value, losses = self._learn(prompt, target, value, output)
+        index, entry = self._row(key, target, edit)
+        # the ball of an earlier edit with this answer goes on from its value
+        value = self._start(output) if "label" in entry else rows[index]["value"].to(output, copy=True)
+        losses = self._learn(prompt, target, value, output)
         edit.info |= {
-            "rows": max(len(rows), place + 1),
+            "rows": max(len(rows), index + 1),
             "epsilon": entry["epsilon"],
             "loss": losses[-1],
             "loss_before": losses[0],
             "value_norm": value.norm().item(),
         }
-        edit.write(Entry(self.name, {"place": place, **entry, "value": value.cpu()}))
+        edit.write(Entry(self.name, {"place": index, **entry, "value": value.cpu()}))
+
+    def _row(self, key: Tensor, target: list[int], edit: Edit) -> tuple[int, dict[str, Any]]:
+        """The index of the row that is to answer for a key, and the fields to set there but its value."""
+        rows, size = self.memory.entries, key.norm().item()
+        entry: dict[str, Any] = {"key": key.cpu(), "epsilon": self.hparams.epsilon * size, "label": target}
+        if not rows:
+            return 0, entry
+        distance, nearest = (one.item() for one in self.memory.nearest(key[None]))
+        edit.info["distance"] = distance
+        row = rows[nearest]
+        if distance > entry["epsilon"] + row["epsilon"]:
+            return len(rows), entry
+        if row["label"] == target:  # the same answer: one ball that covers both
+            return nearest, {"epsilon": max(distance, row["epsilon"])}
+        if distance < SAME * size:  # the very prompt again: no ball could tell the two apart
+            return nearest, {"epsilon": row["epsilon"], "label": target}
+        # another answer: two balls that do not meet
+        edit.write(Entry(self.name, {"place": nearest, "epsilon": distance / 2 - GAP}))
+        return len(rows), {**entry, "epsilon": distance / 2}
 
     def _start(self, output: Tensor) -> Tensor:
         """Where a new value starts: (d,)."""
@@ -149,29 +149,17 @@ class GRACE(Editor):
         generator = torch.Generator().manual_seed(self.hparams.seed + len(self.memory.entries))
         return torch.rand(output.shape, generator=generator).to(output.device)
 
-    def _learn(
-        self, prompt: LookupText, target: Sequence[int], value: Tensor, output: Tensor
-    ) -> tuple[Tensor, list[float]]:
-        """Adam on the value alone, through the blocks above the layer, from the prompt's last token on."""
+    def _learn(self, prompt: LookupText, target: Sequence[int], value: Tensor, output: Tensor) -> list[float]:
+        """Adam on the value, in place, through the blocks above the layer, from the prompt's last token on."""
         lm, hp = self.lm, self.hparams
         tail = Tail(lm, [LookupText((*prompt.ids, *target[:-1]), prompt.lookup)], [hp.layer])
-        states = tail.states[hp.layer]
-        first = torch.zeros(states.shape[1], 1, device=lm.device)
-        first[0] = 1.0
-        labels = torch.tensor(target, device=lm.device)[:, None]
         value.requires_grad_()
-        optimiser = torch.optim.Adam([value], lr=hp.lr)
-        losses = []
-        for step in range(hp.steps + 1):
-            with torch.enable_grad():
-                hidden = tail.run(hp.layer, states + (first * (value - output)).to(states))[0]
-                loss = -lm.logits(hidden).log_softmax(-1).gather(1, labels).mean()
-            losses.append(loss.item())
-            if not torch.isfinite(loss):
-                raise EditFailed(f"the loss of the value is {losses[-1]} at step {step}")
-            if step == hp.steps:
-                break
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        return value.detach(), losses
+        losses = descend(
+            [value],
+            lambda: nll_loss(lm, run_shifted(tail, hp.layer, value - output)[0], target),
+            "the value",
+            steps=hp.steps,
+            lr=hp.lr,
+        )
+        value.requires_grad_(False)
+        return losses

@@ -1,25 +1,24 @@
 """KN: find the neurons that carry a fact by integrated gradients, and rewrite what they write.
 
-Dai et al., "Knowledge Neurons in Pretrained Transformers", 2022; methods section 4. A neuron is one
-output of the MLP's first projection (of its gate, where it has one) at the prompt's last token.
+Dai et al., "Knowledge Neurons in Pretrained Transformers", 2022. A neuron is one output of the MLP's first
+projection (of its gate, where it has one) at the prompt's last token.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.cost import FLOAT, Cost, Shape, reading
 from kedit.editors.protocol import Editor
 from kedit.model.anatomy import matrix
-from kedit.model.forward import LookupText, Tail, activations
+from kedit.model.forward import Hook, LookupText, Tail, activations, hooked
 from kedit.model.journal import Edit, EditFailed, LowRank
 from kedit.model.lm import LM
 
-ROWS = 120
+COPIES = 120
 """Scaled copies run together: several layers' worth, since each alone leaves the machine idle."""
 
 
@@ -27,67 +26,61 @@ ROWS = 120
 class Hparams:
     """Settings of KN.
 
-    ``steps``: points of the integral, both ends included. 1 is what the study's settings ran for models
-    of 7B: one gradient at zero activation. ``threshold``: neurons above this share of the largest
-    attribution are rewritten. ``scale`` multiplies what is written; 1 writes whole embeddings.
+    ``points``: of the integral, both ends included. 1 is what the study's settings ran for models of 7B:
+    one gradient at zero activation. ``threshold``: neurons above this share of the largest attribution are
+    rewritten. ``scale`` multiplies what is written; 1 writes whole embeddings.
     """
 
-    steps: int = 20
+    points: int = 20
     threshold: float = 0.2
     scale: float = 1.0
 
 
-@contextmanager
-def _replacing(outputs: dict[nn.Module, tuple[slice, Tensor]]) -> Iterator[None]:
-    """Within the block, some rows of the modules' outputs at the first position are replaced."""
+def replacing(rows: slice, states: Tensor) -> Hook:
+    """A hook: some rows of the module's output at the first position are replaced."""
 
-    def hook(rows: slice, states: Tensor):
-        def replace(module, args, output):
-            changed = output.clone()
-            changed[rows, 0] = states.to(output)
-            return changed
+    def hook(module, args, output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[rows, 0] = states.to(output)
+        return changed
 
-        return replace
-
-    with ExitStack() as stack:
-        for module, (rows, states) in outputs.items():
-            stack.callback(module.register_forward_hook(hook(rows, states)).remove)
-        yield
+    return hook
 
 
-def attributions(lm: LM, ids: Sequence[int], answer: int, steps: int) -> Tensor:
+def attributions(lm: LM, ids: Sequence[int], answer: int, points: int) -> Tensor:
     """Integrated gradients of p(answer) with respect to each neuron at the last token: (layers, m).
 
-    w * mean over alpha of dp/dw at alpha * w, alpha from 0 to 1 in ``steps`` points (eq. 3). What comes
+    w * mean over alpha of dp/dw at alpha * w, alpha from 0 to 1 in so many points (eq. 3). What comes
     before the last token and below a neuron's layer does not depend on the neuron, and is read once.
     """
     text = LookupText(tuple(ids), len(ids) - 1)
     layers = range(lm.layers)
     hidden = activations(lm, [text], layers, "hidden")
-    group = max(1, ROWS // steps)
+    group = max(1, COPIES // points)
     tail = Tail(lm, [text], [layer - 1 for layer in layers[::group]])
-    alphas = torch.linspace(0, 1, steps, device=lm.device) if steps > 1 else torch.zeros(1, device=lm.device)
-    found = []
+    alphas = torch.linspace(0, 1, points, device=lm.device) if points > 1 else torch.zeros(1, device=lm.device)
+    by_layer: list[Tensor] = []
     for first in layers[::group]:
         members = layers[first : first + group]
         scaled = [(alphas[:, None] * hidden[layer]).requires_grad_() for layer in members]
-        replaced = {
-            lm.anatomy.inner(layer): (slice(i * steps, (i + 1) * steps), scaled[i]) for i, layer in enumerate(members)
+        hooks = {
+            lm.anatomy.inner(layer): replacing(slice(i * points, (i + 1) * points), scaled[i])
+            for i, layer in enumerate(members)
         }
-        states = tail.states[first - 1].expand(len(members) * steps, -1, -1)
-        with torch.enable_grad(), _replacing(replaced):
+        states = tail.states[first - 1].expand(len(members) * points, -1, -1)
+        with torch.enable_grad(), hooked(hooks):
             last = tail.run(first - 1, states)[:, 0]
-            said = lm.logits(last).softmax(-1)[:, answer].sum()
-            gradients = torch.autograd.grad(said, scaled)
-        found += [hidden[layer][0] * gradient.mean(0) for layer, gradient in zip(members, gradients, strict=True)]
-    return torch.stack(found)
+            probabilities = lm.logits(last).softmax(-1)[:, answer]
+            gradients = torch.autograd.grad(probabilities.sum(), scaled)
+        by_layer += [hidden[layer][0] * gradient.mean(0) for layer, gradient in zip(members, gradients, strict=True)]
+    return torch.stack(by_layer)
 
 
 class KN(Editor):
-    """Columns of the second projection lose the embedding of what is said now and gain that of the target.
+    """Columns of the second projection lose the embedding of the present answer and gain that of the target.
 
-    With E the input embedding, t the target's tokens and a as many tokens as the model says now: each
-    selected neuron's column gains sum E[t] - sum E[a], or E[t] - 2 E[a] for single tokens (section 4.3).
+    With E the input embedding, t the target's tokens and a the model's own next tokens, as many: each selected
+    neuron's column gains sum E[t] - sum E[a], or E[t] - 2 E[a] for single tokens (section 4.3).
     """
 
     name = "kn"
@@ -96,43 +89,40 @@ class KN(Editor):
 
     @classmethod
     def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
-        """One token through the blocks above each layer, for each point of the integral; the journal's is SmolLM2's."""
-        return Cost(edit=reading(shape, shape.layers * hparams.steps, 16), journal_bytes=70 * shape.d * FLOAT)
+        """One token through the blocks above each layer, for each point; as many columns as are found in SmolLM2."""
+        return Cost(edit=reading(shape, shape.layers * hparams.points, 16), journal_bytes=70 * shape.d * FLOAT)
 
-    def _says(self, ids: Sequence[int], count: int) -> list[int]:
-        """Greedy continuation by so many tokens."""
-        said: list[int] = []
+    def _continuation(self, ids: Sequence[int], count: int) -> list[int]:
+        """What greedy decoding adds, so many tokens."""
+        new: list[int] = []
         for _ in range(count):
-            logits = self.lm.model(torch.tensor([[*ids, *said]], device=self.lm.device), use_cache=False).logits
-            said.append(int(logits[0, -1].argmax()))
-        return said
+            logits = self.lm.model(torch.tensor([[*ids, *new]], device=self.lm.device), use_cache=False).logits
+            new.append(int(logits[0, -1].argmax()))
+        return new
 
     @torch.no_grad()
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         lm, hp = self.lm, self.hparams
-        prompt = [*lm.begin, *lm.encode(request.text)]
-        target = lm.encode(spaced(request.target_new, request.prompt))
+        prompt, target = self.prompt_ids(request), self.target_ids(request)
         if not request.target_true:
             raise EditFailed("KN attributes the true object, and the request names none")
         true = lm.encode(spaced(request.target_true, request.prompt))
-        # Each token of the answer is attributed after what the model itself says before it.
-        said = self._says(prompt, max(len(true) - 1, len(target)))
+        # Each token of the answer is attributed after what the model itself puts before it.
+        answer = self._continuation(prompt, max(len(true) - 1, len(target)))
         scores = torch.stack(
-            [attributions(lm, [*prompt, *said[:i]], token, hp.steps) for i, token in enumerate(true)]
+            [attributions(lm, [*prompt, *answer[:i]], token, hp.points) for i, token in enumerate(true)]
         ).mean(0)
         chosen = scores > hp.threshold * scores.max()
         if not chosen.any():
             raise EditFailed("no neuron has a positive attribution")
 
         embedding = lm.model.get_input_embeddings().weight.double()
-        now = said[: len(target)]
+        now = answer[: len(target)]
         update = embedding[target].sum(0) - embedding[now].sum(0) * (2 if len(now) == 1 else 1)
-        changes = []
+        sizes = []
         for layer in chosen.any(1).nonzero()[:, 0].tolist():
             down = lm.anatomy.down(layer)
             neurons = chosen[layer].double()[:, None]
-            change = LowRank(lm.anatomy.name(down), hp.scale * update[:, None], neurons)
-            size = hp.scale * update.norm().item() * neurons.norm().item()
-            changes.append(size / matrix(down).norm().item())
-            edit.write(change)
-        edit.info |= {"neurons": int(chosen.sum()), "relative_change": changes}
+            sizes.append(hp.scale * update.norm().item() * neurons.norm().item() / matrix(down).norm().item())
+            edit.write(LowRank(lm.anatomy.name(down), hp.scale * update[:, None], neurons))
+        edit.info |= {"neurons": int(chosen.sum()), "relative_change": sizes}

@@ -1,22 +1,22 @@
 """PMET: MEMIT whose search moves attention and MLP apart, and which writes only the MLP's part.
 
-Li et al., "PMET: Precise Model Editing in a Transformer", 2024; methods section 3. The outputs of the
-last layer's two sub-layers are optimised together; the attention's share is then thrown away, so that the
-MLP is not made to carry what attention did. That is also why a single edit takes less well than MEMIT's.
+Li et al., "PMET: Precise Model Editing in a Transformer", 2024. The outputs of the last layer's two
+sub-layers are optimised together; the attention's part is then thrown away, so that the MLP is not made
+to carry what attention did. That is also why a single edit takes less well than MEMIT's.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kedit.data.requests import EditRequest
 from kedit.editors import memit
-from kedit.editors.value_search import STOP, Objective, project
-from kedit.model.forward import LookupText, activations
-from kedit.model.journal import Edit, EditFailed
+from kedit.editors.descent import descend
+from kedit.editors.value_search import STOP, project
+from kedit.model.forward import Hook, LookupText, activations, hooked
+from kedit.model.journal import Edit
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,9 @@ class Hparams(memit.Hparams):
     left_padding: bool = False
 
 
-@contextmanager
-def _adding(deltas: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Within the block, the modules' outputs gain a vector at the first position of every row."""
-
-    def hook(delta: Tensor):
-        def add(module, args, output):
-            return torch.cat([output[:, :1] + delta.to(output), output[:, 1:]], 1)
-
-        return add
-
-    with ExitStack() as stack:
-        for module, delta in deltas.items():
-            stack.callback(module.register_forward_hook(hook(delta)).remove)
-        yield
+def adding(delta: Tensor) -> Hook:
+    """A hook: the module's output gains a vector at the first position of every row."""
+    return lambda module, args, output: torch.cat([output[:, :1] + delta.to(output), output[:, 1:]], 1)
 
 
 class PMET(memit.MEMIT):
@@ -62,40 +51,35 @@ class PMET(memit.MEMIT):
         longest = max(len(text.ids) for text in texts)
         return [LookupText(text.ids, max(0, text.lookup - (longest - len(text.ids)))) for text in texts]
 
-    def _share(self, left: Tensor, layers: int) -> Tensor:
-        return left / layers**0.5
+    def _spread(self, residual: Tensor, layers: int) -> Tensor:
+        return residual / layers**0.5
 
-    def _search(
-        self, texts: Sequence[LookupText], kl_text: LookupText, target: Sequence[int], start: Tensor, edit: Edit
-    ) -> Tensor:
-        """Adam over both sub-layers' deltas; once the target is said everywhere, its weight drops to a tenth."""
-        lm, settings = self.lm, self.hparams.search
-        layer = settings.layer
-        objective = Objective(lm, texts, kl_text, target, layer - 1)
+    def _search(self, request: EditRequest, texts: Sequence[LookupText], init: Tensor, edit: Edit) -> Tensor:
+        """Adam over both sub-layers' deltas; once the target is the likeliest everywhere, its weight is a tenth."""
+        lm, hp, layer = self.lm, self.hparams, self.hparams.layers[-1]
+        objective = self._objective(request, texts, layer - 1)
         states = objective.tail.states[layer - 1]
-        attention = activations(lm, texts[:1], [layer], "attention")[layer][0]
-        norms = [start.float().norm(), attention.float().norm()]
-        deltas = [torch.zeros_like(init, dtype=torch.float32, requires_grad=True) for init in (start, attention)]
-        sites = (lm.anatomy.down(layer), lm.anatomy.attn_out(layer))
-        optimiser = torch.optim.Adam(deltas, lr=settings.lr)
-        weight = 1.0
-        for step in range(settings.steps):
-            with torch.enable_grad(), _adding(dict(zip(sites, deltas, strict=True))):
-                said, divergence, everywhere = objective.terms(objective.tail.run(layer - 1, states))
-                decay = sum(d.norm() / n**2 for d, n in zip(deltas, norms, strict=True))
-                unchanged = settings.kl * divergence
-                loss = -weight * said.mean(1).mean() + unchanged + settings.decay * decay
-            if not torch.isfinite(loss):
-                raise EditFailed(f"the loss of the value search is {loss.item()} at step {step}")
-            if loss.item() < STOP or (everywhere and unchanged.item() <= 0.01) or step == settings.steps - 1:
-                break
-            weight = 0.1 if everywhere else 1.0
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            with torch.no_grad():
-                for delta, norm in zip(deltas, norms, strict=True):
-                    project(delta, settings.clamp * norm)
-        probability = said.detach().sum(1).exp().mean().item()
-        edit.info |= {"steps": step + 1, "loss": loss.item(), "probability": probability}
+        inits = [init, activations(lm, texts[:1], [layer], "attention")[layer][0]]
+        norms = [one.float().norm() for one in inits]
+        deltas = [torch.zeros_like(one, dtype=torch.float32, requires_grad=True) for one in inits]
+        hooks = {lm.anatomy.down(layer): adding(deltas[0]), lm.anatomy.attn_out(layer): adding(deltas[1])}
+
+        def loss_now() -> Tensor:
+            nll_factor = 0.1 if objective.likeliest else 1.0  # as of the step before
+            with hooked(hooks):
+                nll_loss, kl = objective.losses(objective.tail.run(layer - 1, states))
+            weight_decay = hp.weight_decay * sum(d.norm() / n**2 for d, n in zip(deltas, norms, strict=True))
+            return nll_factor * nll_loss + hp.kl_factor * kl + weight_decay
+
+        def converged(loss: float) -> bool:
+            return loss < STOP or (objective.likeliest and (hp.kl_factor * objective.kl).item() <= 0.01)
+
+        def clamp() -> None:
+            for delta, norm in zip(deltas, norms, strict=True):
+                project(delta, hp.clamp_norm_factor * norm)
+
+        losses = descend(
+            deltas, loss_now, "the value search", steps=hp.steps, lr=hp.lr, converged=converged, project=clamp
+        )
+        edit.info |= objective.info(losses)
         return deltas[0].detach().double()

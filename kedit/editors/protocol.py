@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kedit.data import facts
-from kedit.data.requests import EditRequest
+from kedit.data.requests import EditRequest, spaced
 from kedit.editors.cost import Cost, Shape
 from kedit.editors.second_moments import SecondMoments
 from kedit.model.journal import Edit
@@ -81,7 +81,7 @@ class Editor(ABC):
                 self._prepare()
             self._ready = True
 
-    def _prepare(self) -> None:  # noqa: B027 - methods without preparation leave it
+    def _prepare(self) -> None:  # noqa: B027 - some methods need nothing
         """Second moments, context templates, training: what a method needs before its first edit."""
 
     @classmethod
@@ -132,6 +132,14 @@ class Editor(ABC):
             self._apply(request, edit)
             edit.info["seconds"] = time.perf_counter() - start
         return edit
+
+    def prompt_ids(self, request: EditRequest) -> list[int]:
+        """Token ids of the prompt with its subject, begin token included."""
+        return [*self.lm.begin, *self.lm.encode(request.text)]
+
+    def target_ids(self, request: EditRequest) -> list[int]:
+        """Token ids of the new object as it continues the prompt."""
+        return self.lm.encode(spaced(request.target_new, request.prompt))
 
     @abstractmethod
     def _apply(self, request: EditRequest, edit: Edit) -> None:

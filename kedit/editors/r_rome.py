@@ -1,11 +1,11 @@
 """R-ROME: ROME with one key throughout.
 
 Gupta et al., "Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing", 2024. ROME's
-released code turns the averaged key into the direction of the update but divides by the bare prompt's
-key; where the two disagree the update explodes. Here the averaged key stands in both places.
+released code makes the direction of the update from the averaged key but divides by the bare prompt's key;
+where the two disagree the update explodes. Here the averaged key stands in both places.
 """
 
-import torch
+from torch import Tensor
 
 from kedit.editors.rome import ROME
 
@@ -16,5 +16,5 @@ class RROME(ROME):
     name = "r-rome"
     style = ("#d55e00", "D", "--")
 
-    def _mapped(self, keys: torch.Tensor) -> torch.Tensor:
+    def _mapped(self, keys: Tensor) -> Tensor:
         return keys.mean(0)

@@ -7,44 +7,36 @@ prompts in several contexts continue with the target while "{subject} is a" stay
 Nothing before the subject's last token, and no block up to the edited one, depends on delta. So one
 forward reads all rows and keeps the keys and values of those tokens; each step then runs only the
 remaining tokens through the remaining blocks, with logits only where the loss reads them. The result
-is that of running everything at every step (tests/test_values.py holds the plain version). KN, GRACE
-and fine-tuning use the same ``Tail`` for what they change.
+is that of running everything at every step (tests/test_values.py holds the plain version).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kedit.editors.descent import descend, run_shifted
 from kedit.model.forward import LookupText, Tail
-from kedit.model.journal import EditFailed
 from kedit.model.lm import LM
 
 STOP = 0.05
 """The search ends when the total loss is below this."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Search:
-    """Settings of the search: ``steps`` counts forwards, so there are at most steps - 1 updates."""
+    """Settings of the search.
 
-    layer: int
-    steps: int = 25
+    ``steps`` counts updates; ROME's ``v_num_grad_steps`` counts forwards, which are one more.
+    """
+
+    steps: int = 24
     lr: float = 0.5
-    decay: float = 1e-3
-    clamp: float = 4.0
-    kl: float = 0.0625
-
-
-@dataclass(frozen=True)
-class Found:
-    """delta (d,) float32, the norm of what it is added to, the losses, and p(target) at the end."""
-
-    delta: Tensor
-    init_norm: float
-    losses: list[float]
-    probability: float
+    weight_decay: float = 1e-3
+    clamp_norm_factor: float = 4.0
+    kl_factor: float = 0.0625
 
 
 class Objective:
@@ -53,39 +45,49 @@ class Objective:
     Args:
         texts: the prompt in each context.
         kl_text: "{subject} is a"; only what comes before its subject's end matters.
-        target: token ids to be said after each text.
+        target: token ids to be predicted after each text.
         layer: block after whose output the tail starts.
 
     Attributes:
         tail: the texts with the target's tokens but the last, then ``kl_text``.
+        kl, logprobs, likeliest: of the last evaluation, without gradients: the divergence; (rows, target)
+            log-probabilities of the target's tokens; whether every one of them is the likeliest token.
     """
 
     def __init__(self, lm: LM, texts: Sequence[LookupText], kl_text: LookupText, target: Sequence[int], layer: int):
-        self.lm = lm
-        full = [LookupText((*text.ids, *target[:-1]), text.lookup) for text in texts]
-        full.append(LookupText(kl_text.ids[: kl_text.lookup + 1], kl_text.lookup))
-        self.tail = Tail(lm, full, [layer])
+        self.lm, self.layer = lm, layer
+        rows = [LookupText((*text.ids, *target[:-1]), text.lookup) for text in texts]
+        rows.append(LookupText(kl_text.ids[: kl_text.lookup + 1], kl_text.lookup))
+        self.tail = Tail(lm, rows, [layer])
         # the target's j-th token is predicted at the text's last position + j
         ends = torch.tensor([len(text.ids) - 1 - text.lookup for text in texts], device=lm.device)
-        self.reads = ends[:, None] + torch.arange(len(target), device=lm.device)
-        self.every = torch.arange(len(texts), device=lm.device)[:, None]
-        self.labels = torch.tensor([list(target)] * len(texts), device=lm.device)[..., None]
+        self._positions = ends[:, None] + torch.arange(len(target), device=lm.device)
+        self._rows = torch.arange(len(texts), device=lm.device)[:, None]
+        self._labels = torch.tensor([list(target)] * len(texts), device=lm.device)[..., None]
         self._before: Tensor | None = None
+        self.likeliest = False
 
-    def terms(self, hidden: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """From final hidden states of the tail's rows.
+    def losses(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The target's negative log-likelihood, mean over its tokens and over rows; KL(first call || this one).
 
-        Returns:
-            (rows, target) log-probabilities of the target's tokens; KL(first call || this one) right
-            after the subject of ``kl_text``; whether every token of the target is the likeliest one.
+        Args:
+            hidden: final hidden states of the tail's rows. The divergence is taken right after the subject of
+                ``kl_text``.
         """
-        logprobs = self.lm.logits(hidden[self.every, self.reads]).log_softmax(-1)
-        said = logprobs.gather(2, self.labels)[..., 0]
-        after = self.lm.logits(hidden[len(self.every), 0]).log_softmax(-1)
+        every = self.lm.logits(hidden[self._rows, self._positions]).log_softmax(-1)
+        logprobs = every.gather(2, self._labels)[..., 0]
+        after = self.lm.logits(hidden[len(self._rows), 0]).log_softmax(-1)
         if self._before is None:
             self._before = after.detach()
-        divergence = (self._before.exp() * (self._before - after)).sum()
-        return said, divergence, bool((logprobs.amax(-1) == said).all())
+        kl = (self._before.exp() * (self._before - after)).sum()
+        self.logprobs, self.kl = logprobs.detach(), kl.detach()
+        self.likeliest = bool((every.amax(-1) == logprobs).all())
+        return -logprobs.mean(1).mean(), kl
+
+    def info(self, losses: Sequence[float]) -> dict[str, Any]:
+        """What a journal tells of a search with these losses: updates, the last loss, and p(target) at the end."""
+        probability = self.logprobs.sum(1).exp().mean().item()
+        return {"steps": len(losses) - 1, "loss": losses[-1], "probability": probability}
 
 
 def project(delta: Tensor, limit: Tensor) -> None:
@@ -94,47 +96,35 @@ def project(delta: Tensor, limit: Tensor) -> None:
         delta *= limit / norm
 
 
-def search(
-    lm: LM, texts: Sequence[LookupText], kl_text: LookupText, target: Sequence[int], init: Tensor, settings: Search
-) -> Found:
-    """Optimise delta by Adam (methods: ROME eq. 4 and MEMIT eq. 16).
+def search(objective: Objective, init: Tensor, settings: Search) -> tuple[Tensor, list[float]]:
+    """Optimise delta by Adam (ROME eq. 4, MEMIT eq. 16), within the ball of radius clamp_norm_factor * |init|.
 
-    loss = mean over rows of the target's mean negative log-likelihood
-           + kl * KL(before || now) right after the subject of ``kl_text``
-           + decay * |delta| / |init|^2,
-    and after each update delta is projected onto the ball of radius clamp * |init|.
+    loss = nll_loss + kl_factor * KL + weight_decay * |delta| / |init|^2.
 
     Args:
-        texts, kl_text, target: see ``Objective``.
         init: (d,) output of the edited site on the bare prompt, which delta is added to.
+
+    Returns:
+        delta (d,) float32; the losses (see ``descend``).
 
     Raises:
         EditFailed: the loss is not finite.
     """
-    objective = Objective(lm, texts, kl_text, target, settings.layer)
-    states = objective.tail.states[settings.layer]
-    first = torch.zeros(states.shape[1], 1, device=lm.device)
-    first[0] = 1.0
-
     init_norm = init.float().norm()
     delta = torch.zeros_like(init, dtype=torch.float32, requires_grad=True)
-    optimiser = torch.optim.Adam([delta], lr=settings.lr)
-    losses, probability = [], 0.0
-    for step in range(settings.steps):
-        with torch.enable_grad():
-            hidden = objective.tail.run(settings.layer, states + (first * delta).to(states))
-            said, divergence, _ = objective.terms(hidden)
-            decay = settings.decay * delta.norm() / init_norm**2
-            loss = -said.mean(1).mean() + settings.kl * divergence + decay
-        losses.append(loss.item())
-        probability = said.detach().sum(1).exp().mean().item()
-        if not torch.isfinite(loss):
-            raise EditFailed(f"the loss of the value search is {losses[-1]} at step {step}")
-        if losses[-1] < STOP or step == settings.steps - 1:
-            break
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        with torch.no_grad():
-            project(delta, settings.clamp * init_norm)
-    return Found(delta.detach(), init_norm.item(), losses, probability)
+
+    def loss_now() -> Tensor:
+        nll_loss, kl = objective.losses(run_shifted(objective.tail, objective.layer, delta))
+        weight_decay = settings.weight_decay * delta.norm() / init_norm**2
+        return nll_loss + settings.kl_factor * kl + weight_decay
+
+    losses = descend(
+        [delta],
+        loss_now,
+        "the value search",
+        steps=settings.steps,
+        lr=settings.lr,
+        converged=lambda loss: loss < STOP,
+        project=lambda: project(delta, settings.clamp_norm_factor * init_norm),
+    )
+    return delta.detach(), losses
