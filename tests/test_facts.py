@@ -130,3 +130,17 @@ def test_a_malformed_record_is_named_by_file_and_index(tmp_path, record, sentenc
 def test_requests_check_themselves(values):
     with pytest.raises(ValueError, match=r"exactly once|empty|equals"):
         EditRequest(*values)
+
+
+def test_an_unknown_set_or_split_is_one_sentence():
+    with pytest.raises(KeditError, match="edit set 'zsrr' does not exist; did you mean 'zsre'"):
+        facts.load("zsrr")
+    for name in ("bundled", "bundled-zsre", "pico"):
+        with pytest.raises(KeditError, match=f"edit set '{name}': split 'test' does not exist; use one of train"):
+            facts.load(name, "test")
+
+
+def test_a_set_of_another_package_is_a_function_of_the_split(monkeypatch):
+    monkeypatch.setitem(facts.SETS, "theirs", "kedit.data.facts:bundled")
+    assert facts.at_hand("theirs")
+    assert facts.load("theirs", "validation") == facts.bundled("validation")

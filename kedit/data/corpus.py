@@ -4,21 +4,31 @@ import bz2
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 from kedit import KeditError
 from kedit.data import hub
-from kedit.model.lm import LM
-from kedit.pico.world import sample
+from kedit.registry import load_object
 
-# Second moments -----------------------------------------------------------------------------------
-
+TEXTS = {"wikipedia-sample": "kedit.data.corpus:wikipedia_sample", "pico": "kedit.pico.world:sample"}
+"""Texts by name: functions that return one document or a list of them."""
 SEQUENCE = 512
 """Tokens in one sequence of the text that second moments are taken over; fewer where a model knows fewer."""
 
 
-def _wikipedia_sample() -> list[str]:
+class Reader(Protocol):
+    """What a text is cut up for: an ``LM``."""
+
+    model: Any
+    begin: list[int]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without begin token."""
+
+
+def wikipedia_sample() -> list[str]:
     """The 107 English Wikipedia articles that the gensim wheel carries for its own tests, as plain text."""
-    import gensim
+    import gensim  # seconds, where most runs find their second moments in the cache
     from gensim.corpora.wikicorpus import extract_pages, filter_wiki
 
     folder = Path(gensim.__file__).parent / "test" / "test_data"
@@ -37,15 +47,13 @@ WIKIPEDIA = ("wikimedia/wikipedia", "20231101.en")
 """Hub id and snapshot of ``wikipedia``; the study's 20200501.en is no longer offered without remote code."""
 
 
-def _wikipedia(lm: LM, wanted: int) -> Iterator[list[int]]:
+def _wikipedia(lm: Reader, wanted: int) -> Iterator[list[int]]:
     """One sequence from the beginning of each long enough article, shuffled by a fixed seed, streamed."""
-    import datasets
+    import datasets  # a second, for this text only
 
-    source = hub.dataset(WIKIPEDIA[0])
+    articles = datasets.load_dataset(hub.dataset(WIKIPEDIA[0]), WIKIPEDIA[1], split="train", streaming=True)
     body, found = SEQUENCE - len(lm.begin), 0
-    for article in datasets.load_dataset(source, WIKIPEDIA[1], split="train", streaming=True).shuffle(
-        seed=1, buffer_size=10_000
-    ):
+    for article in articles.shuffle(seed=1, buffer_size=10_000):
         ids = lm.encode(article["text"][: 16 * SEQUENCE])[:body]
         if len(ids) == body:
             yield [*lm.begin, *ids]
@@ -56,25 +64,28 @@ def _wikipedia(lm: LM, wanted: int) -> Iterator[list[int]]:
 
 
 def corpus(name: str) -> list[str]:
-    """Documents of a text: ``wikipedia-sample``, ``pico`` (the pico models' world), or the path of a UTF-8 file."""
-    if name == "wikipedia-sample":
-        return _wikipedia_sample()
-    if name == "pico":
-        return [sample()]
+    """Documents of a text: ``wikipedia-sample``, ``pico`` (the pico models' world), or the path of a UTF-8 file.
+
+    Raises:
+        KeditError: no such file.
+    """
+    if name in TEXTS:
+        text = load_object(TEXTS[name])()
+        return [text] if isinstance(text, str) else text
     try:
         return [Path(name).read_text(encoding="utf-8")]
     except OSError as error:
         raise KeditError(
-            f"statistics text {name!r} cannot be read ({error.strerror}); give a text file, wikipedia-sample or pico."
+            f"statistics text {name!r} cannot be read ({error.strerror}); give a text file, {' or '.join(TEXTS)}."
         ) from error
 
 
-def sequence_length(lm: LM) -> int:
+def sequence_length(lm: Reader) -> int:
     """Tokens in one sequence for a model: 512, or all the positions it was trained with."""
     return min(SEQUENCE, lm.model.config.max_position_embeddings)
 
 
-def sequences(lm: LM, name: str, tokens: int) -> Iterable[list[int]]:
+def sequences(lm: Reader, name: str, tokens: int) -> Iterable[list[int]]:
     """Cut a text into sequences of 512 tokens (or the model's length), begin token included, documents in turn.
 
     Of ``wikipedia``, which is streamed from the hub, each article gives one.
@@ -86,15 +97,13 @@ def sequences(lm: LM, name: str, tokens: int) -> Iterable[list[int]]:
         return _wikipedia(lm, -(-tokens // SEQUENCE))
     length = sequence_length(lm)
     body = length - len(lm.begin)
-    documents = [lm.encode(document) for document in corpus(name)]
-    pieces = [
-        (start, index, document[start : start + body])
-        for index, document in enumerate(documents)
-        for start in range(0, len(document) - body + 1, body)
-    ]
+    pieces = []  # (where in its document, which document, tokens)
+    for index, document in enumerate(map(lm.encode, corpus(name))):
+        starts = range(0, len(document) - body + 1, body)
+        pieces += [(start, index, document[start : start + body]) for start in starts]
     wanted = -(-tokens // length)
     if len(pieces) < wanted:
         raise KeditError(
             f"statistics text {name!r} has {len(pieces) * length} tokens in full sequences, fewer than {tokens}."
         )
-    return [[*lm.begin, *piece] for _, _, piece in sorted(pieces, key=lambda p: p[:2])[:wanted]]
+    return [[*lm.begin, *piece] for _, _, piece in sorted(pieces)[:wanted]]

@@ -5,6 +5,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,31 @@ from typing import Any
 from kedit import KeditError
 from kedit.data import hub
 from kedit.data.requests import EditRequest, Unchanged
-from kedit.pico.world import edits
+from kedit.registry import load_object, registered, unknown
 
 log = logging.getLogger(__name__)
 
-BUNDLED = Path(__file__).parent / "facts.json"
+SETS = registered(
+    "edit_sets",
+    {
+        "pico": "kedit.pico.world:edits",
+        "bundled": "kedit.data.facts:bundled",
+        "bundled-zsre": "kedit.data.facts:bundled_zsre",
+        "counterfact": "kedit.data.facts:counterfact",
+        "zsre": "kedit.data.facts:zsre",
+    },
+)
+"""Edit sets: functions of a split, the published ones of the path of a file. Other packages add their own."""
+FILES = {
+    # as the study's toolkit names them (its edit split first), then as the original release does
+    "counterfact": ("counterfact-edit*.json", "counterfact.json"),
+    "zsre": ("zsre_mend_eval*.json",),
+}
+"""File names of published sets in a mirror's ``edits`` folder."""
+HUB = {"counterfact": "azhx/counterfact"}
+"""Published sets on the hub: CounterFact in its original schema, split train, whose order is not the study's."""
 SPLITS = ("train", "validation", "edit")
+BUNDLED = Path(__file__).parent / "facts.json"
 NEIGHBOURS = 5
 """Neighbours of a bundled record."""
 
@@ -70,8 +90,6 @@ def bundled(split: str = "edit") -> tuple[EditRequest, ...]:
 
     target_new is another object of the same relation; neighbours share relation and old object.
     """
-    if split not in SPLITS:
-        raise KeditError(f"the bundled fact set has no split {split!r}; use one of {', '.join(SPLITS)}.")
     records = []
     for relation, entry in _relations().items():
         for target, subjects in entry["objects"].items():
@@ -83,37 +101,24 @@ def bundled(split: str = "edit") -> tuple[EditRequest, ...]:
 @cache
 def bundled_zsre(split: str = "edit") -> tuple[EditRequest, ...]:
     """The bundled facts in ZsRE's form: a question as prompt, locality on one unrelated question."""
-    records, unrelated = bundled(split), bundled("train")
-    form = "Question: {question} Answer:"
+    unrelated = bundled("train")
 
     def ask(record: EditRequest) -> str:
-        return form.format(question=_relations()[record.relation]["question"])
+        return f"Question: {_relations()[record.relation]['question']} Answer:"
 
-    questions = []
-    for record in records:
-        other = min(
-            (u for u in unrelated if u.relation != record.relation), key=lambda u: _rank("far", record.id, u.id)
-        )
-        questions.append(
-            EditRequest(
-                prompt=ask(record),
-                subject=record.subject,
-                target_new=record.target_new,
-                target_true=record.target_true,
-                paraphrases=record.paraphrases,
-                neighbours=((ask(other).replace("{}", other.subject), other.target_true),),
-                generation=record.generation,
-                id=record.id,
-                relation=record.relation,
-            )
-        )
-    return tuple(questions)
+    def question(record: EditRequest) -> EditRequest:
+        others = (other for other in unrelated if other.relation != record.relation)
+        other = min(others, key=lambda other: _rank("far", record.id, other.id))
+        neighbour = (ask(other).replace("{}", other.subject), other.target_true)
+        return replace(record, prompt=ask(record), neighbours=(neighbour,))
+
+    return tuple(map(question, bundled(split)))
 
 
 # Published edit sets -----------------------------------------------------------------------------
 
 
-def _placed(text: str, subject: str) -> str:
+def _template(text: str, subject: str) -> str:
     """Put ``{}`` where the subject stands; its last occurrence when it stands more than once."""
     head, found, tail = text.rpartition(subject)
     if not found:
@@ -137,7 +142,7 @@ def _counterfact(raw: dict[str, Any]) -> EditRequest:
             relation=rewrite.get("relation_id", ""),
         )
     return EditRequest(  # the flat schema of EasyEdit
-        prompt=_placed(raw["prompt"], raw["subject"]),
+        prompt=_template(raw["prompt"], raw["subject"]),
         subject=raw["subject"],
         target_new=raw["target_new"],
         target_true=raw["ground_truth"],
@@ -149,7 +154,7 @@ def _counterfact(raw: dict[str, Any]) -> EditRequest:
 
 def _zsre(raw: dict[str, Any]) -> EditRequest:
     return EditRequest(
-        prompt=_placed(raw["src"], raw["subject"]),
+        prompt=_template(raw["src"], raw["subject"]),
         subject=raw["subject"],
         target_new=raw["alt"],
         target_true=raw["answers"][0],
@@ -161,9 +166,8 @@ def _zsre(raw: dict[str, Any]) -> EditRequest:
 
 def _read(path: str | Path, convert: Callable[[dict], EditRequest]) -> tuple[EditRequest, ...]:
     """The records of a JSON file."""
-    path = Path(path)
     try:
-        raws = json.loads(path.read_text())
+        raws = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise KeditError(f"edit set {path} cannot be read ({error.strerror}); give its JSON file.") from error
     except json.JSONDecodeError as error:
@@ -214,38 +218,12 @@ def zsre(path: str | Path) -> tuple[EditRequest, ...]:
 # By name ------------------------------------------------------------------------------------------
 
 
-def pico(split: str = "edit") -> tuple[EditRequest, ...]:
-    """Facts of the pico models' world (kedit/pico/world.py) of one split."""
-
-    if split not in SPLITS:
-        raise KeditError(f"the pico fact set has no split {split!r}; use one of {', '.join(SPLITS)}.")
-    return edits(split)
-
-
-SETS: dict[str, Callable[..., tuple[EditRequest, ...]]] = {
-    "pico": pico,
-    "bundled": bundled,
-    "bundled-zsre": bundled_zsre,
-    "counterfact": counterfact,
-    "zsre": zsre,
-}
-FILES = {
-    # as the study's toolkit names them (its edit split first), then as the original release does
-    "counterfact": ("counterfact-edit*.json", "counterfact.json"),
-    "zsre": ("zsre_mend_eval*.json",),
-}
-"""File names of published sets in a mirror's ``edits`` folder."""
-HUB = {"counterfact": "azhx/counterfact"}
-"""Published sets on the hub: CounterFact in its original schema, split train, whose order is not the study's."""
-
-
 def located(name: str) -> Path | None:
     """A published set's file in ``edits`` within or beside the folder that ``KEDIT_MIRROR`` names, None if unset.
 
     Raises:
         KeditError: there is a mirror, and the set is not there.
     """
-
     if (mirror := hub.mirror()) is None:
         return None
     for folder in (mirror / "edits", mirror.parent / "edits"):
@@ -258,25 +236,32 @@ def located(name: str) -> Path | None:
     )
 
 
-def at_hand(name: str, path: str | None = None, **_: Any) -> bool:
-    """Whether a set can be read without network: bundled, given by path, or in the mirror."""
+def at_hand(name: str, path: str | None = None) -> bool:
+    """Whether a set can be read without network: in a package, given by path, or in the mirror.
+
+    Raises:
+        KeditError: there is a mirror, and the set is not there.
+    """
     return name not in FILES or path is not None or located(name) is not None
 
 
 def load(name: str, split: str = "edit", path: str | None = None) -> tuple[EditRequest, ...]:
-    """An edit set by name: ``pico``, ``bundled`` and ``bundled-zsre`` take a split, the published ones a path.
+    """An edit set by name: a split of it, or of the published ones the file at ``path``.
 
     Without a path a published set comes from ``KEDIT_MIRROR``, else from the hub where it is there.
 
     Raises:
-        KeditError: no such set, or it cannot be had or read.
+        KeditError: no such set or split, or it cannot be had or read.
     """
     if name not in SETS:
-        raise KeditError(f"edit set {name!r} does not exist; use one of {', '.join(SETS)}.")
-    if name.startswith(("pico", "bundled")):
-        return SETS[name](split)
+        raise unknown("edit set", name, SETS)
+    if split not in SPLITS:
+        raise unknown(f"edit set {name!r}: split", split, SPLITS)
+    read = load_object(SETS[name])
+    if name not in FILES:
+        return read(split)
     if path or (path := located(name)):
-        return SETS[name](path)
+        return read(path)
     if name not in HUB:
         raise KeditError(f"edit set {name!r} is not on the hub; give edit_set.path, or set KEDIT_MIRROR.")
     return _from_hub(name)
@@ -284,14 +269,14 @@ def load(name: str, split: str = "edit", path: str | None = None) -> tuple[EditR
 
 @cache
 def _from_hub(name: str) -> tuple[EditRequest, ...]:
-    import datasets
+    import datasets  # a second, which edit sets of a package and of files do not wait for
 
     source = hub.dataset(HUB[name])
     try:
         rows = datasets.load_dataset(source, split="train")
     except (OSError, ValueError) as error:
         raise KeditError(f"edit set {name!r} cannot be read from the hub's {source} ({error}).") from error
-    return _converted(rows, source, {"counterfact": _counterfact}[name])
+    return _converted(rows, source, _counterfact)
 
 
 def ordered(requests: Iterable[EditRequest], order: int) -> list[EditRequest]:

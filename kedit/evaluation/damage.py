@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -101,8 +102,7 @@ def held_out(lm: LM, text: str = "wikipedia-sample", passages: int = PASSAGES, s
     """
     length = sequence_length(lm)
     first = -(-skip // length)
-    found = sequences(lm, text, (first + passages) * length)[first:]
-    return [ids[:PASSAGE] for ids in found]
+    return [ids[:PASSAGE] for ids in islice(sequences(lm, text, (first + passages) * length), first, None)]
 
 
 def _states(lm: LM, prompt: Sequence[int], more: Sequence[int]) -> Tensor:

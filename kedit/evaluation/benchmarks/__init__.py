@@ -22,15 +22,12 @@ from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from kedit.evaluation.benchmarks import stock
 from kedit.registry import load_object, registered, unknown
-
-if TYPE_CHECKING:
-    import datasets
 
 HERE = Path(__file__).parent
 PAPER: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "paper.yaml").read_text())
@@ -131,7 +128,7 @@ def _located(file: str) -> Path:
     return next((path for path in paths if path.exists()), HERE / file)
 
 
-def items(file: str, **_: Any) -> "datasets.DatasetDict":
+def items(file: str, **_: Any) -> Any:
     """For a task's ``custom_dataset``: items of a JSONL file, ``<suite>/<name>.jsonl``, as the one split, ``test``."""
     import datasets
 

@@ -39,13 +39,10 @@ def _task(path: Path, settings: Mapping[str, Any]) -> Any:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    config = {**load_yaml(path), **settings}
-    for key in ("tag", "group"):
-        config.pop(key, None)
+    config = {key: value for key, value in (load_yaml(path) | settings).items() if key not in ("tag", "group")}
     source = config["dataset_path"]
-    config["dataset_path"], cache_dir = located(source)
-    if cache_dir:
-        config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "cache_dir": cache_dir}
+    config["dataset_path"], more = located(source)
+    config["dataset_kwargs"] = (config.get("dataset_kwargs") or {}) | more
     datasets.disable_progress_bars()
     try:
         if hub.mirror() and config.get("test_split"):
@@ -57,7 +54,7 @@ def _task(path: Path, settings: Mapping[str, Any]) -> Any:
         with contextlib.redirect_stderr(io.StringIO()):
             return ConfigurableTask(config=config)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise KeditError(
             f"data set {source} cannot be read ({reason}); lm-eval's task {config['task']} needs it: put it into "
             "KEDIT_MIRROR as the hub has it, or unset that to use the hub."
@@ -65,15 +62,17 @@ def _task(path: Path, settings: Mapping[str, Any]) -> Any:
 
 
 @cache
-def located(source: str) -> tuple[str, str | None]:
-    """Where a data set is, and, in a mirror, a folder for what ``datasets`` makes of it.
+def located(source: str) -> tuple[str, dict[str, str]]:
+    """Where a data set is, and what ``datasets.load_dataset`` must be told besides.
 
-    ``datasets`` does not notice that a local file has changed and would go on serving what it made of the
-    old one, so the folder's name says which files these are.
+    In a mirror that is a folder of its own for what ``datasets`` makes of the files: it does not notice that a
+    local file has changed, and would go on serving what it made of the old one.
     """
     path = hub.dataset(source)
     if not hub.mirror():
-        return path, None
+        return path, {}
     files = sorted(file for file in Path(path).rglob("*") if file.is_file())
     about = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return path, str(cache_folder() / "datasets" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16])
+    return path, {
+        "cache_dir": str(cache_folder() / "datasets" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16])
+    }
