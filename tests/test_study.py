@@ -31,13 +31,13 @@ def grid(tmp_path_factory, tokenizer):
     build("llama", len(tokenizer)).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "text.txt").write_text(TEXT * 300)
-    short = {**SEARCH, "steps": 5, "contexts": [[3, 2]]}
+    short = {**SEARCH, "steps": 4, "context_lengths": [[3, 2]]}
     return {
         "models": [str(folder / "model")],
         "methods": [
             "control",
             {"method": "rome", "variant": "tiny", "hparams": {"layer": 2, **short}},
-            {"method": "memit", "variant": "tiny", "hparams": {"layers": [1, 2], "weight": 0.01, **short}},
+            {"method": "memit", "variant": "tiny", "hparams": {"layers": [1, 2], "mom2_weight": 0.01, **short}},
         ],
         "orders": [0, 3],
         "edits": [1, 3],
@@ -179,7 +179,7 @@ def change(grid, **values):
         ({"benchmarcks": ["mini_mmlu"]}, "unknown key 'benchmarcks'; did you mean 'benchmarks'"),
         ({"edits": [1, -3]}, "edits holds -3; use whole numbers"),
         ({"edits": [10_000]}, "edits asks for 10000, but the edit set holds"),
-        ({"edit_set": {"name": "counterfacts"}}, "edit set 'counterfacts' does not exist; use one of"),
+        ({"edit_set": {"name": "counterfacts"}}, "edit set 'counterfacts' does not exist; did you mean 'counterfact'"),
         ({"edit_set": {"name": "bundled", "splt": "edit"}}, "unknown key 'edit_set.splt'; did you mean 'split'"),
         ({"edit_set": {"name": "zsre", "path": "nowhere.json"}}, "nowhere.json cannot be read"),
         ({"benchmarks": ["mini_mlu"]}, "mini_mlu.* does not exist"),
