@@ -13,7 +13,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -242,12 +241,8 @@ class HyperNetwork(nn.Module):
 # Training -------------------------------------------------------------------------------------------
 
 
-class Example(NamedTuple):
-    """An edit, a way to ask for it, and a text to be left alone."""
-
-    edit: ScoredText
-    outer: ScoredText
-    local: ScoredText
+Example = tuple[ScoredText, ScoredText, ScoredText]
+"""An edit, a way to ask for it, and a text to be left alone."""
 
 
 class Examples:
@@ -276,10 +271,10 @@ class Examples:
         edit = self.edits[index]
         outer = edit if rng.random() < 0.75 else rng.choice(self.outers[index])
         if rng.random() < 0.5:
-            return Example(edit, outer, rng.choice(self.neighbours[index]))
+            return edit, outer, rng.choice(self.neighbours[index])
         relation = self.records[index].relation
         pairs = zip(self.facts, self.records, strict=True)
-        return Example(edit, outer, rng.choice([fact for fact, record in pairs if record.relation != relation]))
+        return edit, outer, rng.choice([fact for fact, record in pairs if record.relation != relation])
 
 
 def objective(upper: UpperBlocks, network: HyperNetwork, examples: Sequence[Example], hparams: Hparams) -> Tensor:
