@@ -11,7 +11,7 @@ from conftest import CONTEXTS, HPARAMS, REQUEST
 
 import kedit
 from kedit import KeditError
-from kedit.analysis import tables as report
+from kedit.analysis.verdicts import structure_damage
 from kedit.data.corpus import sequences
 from kedit.evaluation.damage import PROMPT, effective_rank, held_out, measure, singular_values
 from kedit.model.anatomy import matrix
@@ -208,7 +208,7 @@ def test_the_verdict_follows_the_correlations():
     columns = ["measure", "rho", "rho_low", "rho_high", "alarm", "collapsed", "before", "lead", "false_alarms"]
     with_it = ("cosine", -0.9, -1.0, -0.5, 0.1, 2, 1, 5, 0)
     without = ("condition", -0.3, -0.9, 0.4, 2.0, 2, 2, 5, 0)
-    both = report.damage_verdict(pd.DataFrame([with_it, without], columns=columns))
+    both = str(structure_damage(pd.DataFrame([with_it, without], columns=columns)))
     assert "SUPPORTED. 1 of 2 measures" in both
     assert "cosine, before 1 of 2 collapses" in both
-    assert "INCONCLUSIVE" in report.damage_verdict(pd.DataFrame([without], columns=columns))
+    assert "INCONCLUSIVE" in str(structure_damage(pd.DataFrame([without], columns=columns)))

@@ -17,7 +17,7 @@ def frame():
 
 
 def test_damage_has_a_panel_a_measure_and_a_place_for_none(tmp_path):
-    figure = plots.damage(frame(), {"perplexity": 2.0})
+    figure = plots.damage(frame())
     kept, relative, perplexity, legend = figure.axes
     assert [ax.get_title() for ax in (kept, relative, perplexity)] == [
         "ability kept", "weights: |dW| / |W|", "perplexity, ratio"]  # fmt: skip

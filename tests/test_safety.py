@@ -1,11 +1,10 @@
-import json
 import math
 
 import numpy as np
 import pytest
 
 from kedit import KeditError
-from kedit.analysis.safety import calibration, constancy, gold, truthful
+from kedit.analysis.safety import calibration, commoner
 from kedit.evaluation import benchmarks
 from kedit.evaluation.benchmarks.safety.refusal import declines, speaks
 from kedit.evaluation.harness import SharedPrefixLM, evaluate
@@ -15,62 +14,43 @@ from kedit.model.memory import Memory, Route
 def two_way(p, right):
     """An item answered with probability p for choice 1, whose right choice is given."""
     lp = [math.log(1 - p), math.log(p)]
-    return {"id": "x", "lp": lp, "value": float(int(np.argmax(lp)) == right), "parsed": True}
-
-
-def test_the_right_choice_follows_from_the_value():
-    for p in (0.1, 0.9):
-        for right in (0, 1):
-            assert gold(two_way(p, right)) == right
-    assert gold({"id": "x", "lp": [0, 0, 0], "value": 0.0, "target": 2}) == 2
-    assert gold({"id": "x", "lp": [0, 0, 0], "value": 0.0, "target": [1, 2]}) == 1
-    with pytest.raises(KeditError, match="3 choices and no target"):
-        gold({"id": "x", "lp": [0, 0, 0], "value": 0.0})
+    return {"id": "x", "lp": lp, "value": float(int(np.argmax(lp)) == right), "target": right}
 
 
 def test_calibration_by_hand():
     """Ten answers at 0.8 of which eight are right are calibrated; at 0.95 they are off by 0.15."""
     calm = [two_way(0.8, int(i < 8)) for i in range(10)]
-    assert calibration(calm) == pytest.approx(
-        {"confidence": 0.8, "accuracy": 0.8, "ece": 0, "brier": 2 * (0.8 * 0.2**2 + 0.2 * 0.8**2)}
-    )
-    sure = calibration([two_way(0.95, int(i < 8)) for i in range(10)])
-    assert sure["ece"] == pytest.approx(0.15)
+    assert calibration(calm) == pytest.approx((0, 2 * (0.8 * 0.2**2 + 0.2 * 0.8**2)))
+    sure, _ = calibration([two_way(0.95, int(i < 8)) for i in range(10)])
+    assert sure == pytest.approx(0.15)
     # two bins whose errors would cancel in one
     mixed = [two_way(0.95, int(i < 8)) for i in range(10)] + [two_way(0.65, int(i < 8)) for i in range(10)]
-    assert calibration(mixed)["ece"] == pytest.approx(0.15)
-    assert calibration(mixed, bins=1)["ece"] == pytest.approx(0)
-    even = calibration([{"id": "x", "lp": [math.nan, -math.inf], "value": 0.0, "target": 1}])
-    assert even == {"confidence": 0.5, "accuracy": 0.0, "ece": 0.5, "brier": 0.5}
+    assert calibration(mixed)[0] == pytest.approx(0.15)
+    assert calibration(mixed, bins=1)[0] == pytest.approx(0)
+    assert calibration([{"lp": [math.nan, -math.inf], "value": 0.0, "target": 1}]) == (0.5, 0.5)
 
 
-def test_a_constant_answer_scores_the_base_rate():
+def test_a_constant_answer_is_always_the_commoner():
     right = [0] * 24 + [1] * 16
-    stuck = constancy([two_way(0.9, r) for r in right])
-    assert (stuck["choice"], stuck["share"], stuck["constant"]) == (1, 1.0, True)
-    assert stuck["accuracy"] == stuck["base_rate"] == 0.4
-    assert stuck["balanced"] == 0.5
-    alive = constancy([two_way(0.9 if r else 0.1, r) for r in right])
-    assert (alive["share"], alive["balanced"], alive["constant"]) == (0.6, 1.0, False)
+    share, low, high = commoner([two_way(0.9, r) for r in right])
+    assert share == high == 1 > low > 0.9
+    share, low, high = commoner([two_way(0.9 if r else 0.1, r) for r in right])
+    assert low < share == 0.6 < high
 
 
-def test_mc1_and_mc2_by_hand_and_by_the_task():
+def test_mc1_by_hand():
     logs = [math.log(p) for p in (0.2, 0.4, 0.3, 0.1, 0.6)]
-    (item,) = truthful([{"id": "1", "lp": logs, "target": [0, 1]}])
-    assert item == {"id": "1", "mc1": 0.0, "mc2": pytest.approx(0.6 / 1.6)}
-    (item,) = truthful([{"id": "1", "lp": [logs[4], *logs[:4]], "target": [0, 1]}])
-    assert (item["mc1"], item["mc2"]) == (1.0, pytest.approx(0.8 / 1.6))
     task = benchmarks.tasks("mini_truthfulqa_mc")["mini_truthfulqa_mc"]
     doc = next(iter(task.test_docs()))
     assert task.doc_to_choice(doc) == doc["correct_answers"] + doc["incorrect_answers"]
-    found = task.process_results(doc, [(lp, False) for lp in logs])
-    assert (found["mc1"], found["mc2"]) == (0.0, pytest.approx(0.6 / 1.6))
+    scores = task.process_results(doc, [(lp, False) for lp in logs])
+    assert (scores["mc1"], scores["mc2"]) == (0.0, pytest.approx(0.6 / 1.6))
 
 
-def test_mc_items_hold_what_both_scores_need(smollm2):
-    items = evaluate(smollm2, "mini_truthfulqa_mc", 3)
-    assert [item["value"] for item in items] == [item["mc1"] for item in truthful(items)]
-    json.dumps(items)
+def test_mc_items_hold_all_that_is_right(smollm2):
+    for item in evaluate(smollm2, "mini_truthfulqa_mc", 3):
+        first, wrong = item["lp"][item["target"][0]], np.delete(item["lp"], item["target"])
+        assert item["value"] == (first > wrong.max())
 
 
 @pytest.mark.parametrize(

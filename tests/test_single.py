@@ -1,12 +1,13 @@
-"""Single edits: undone, stored, summarised; scans name what is wrong with a setting."""
+"""Single edits: undone, stored, counted; scans name what is wrong with a setting."""
 
 import pytest
 import torch
 from conftest import HPARAMS
 
 from kedit import KeditError
-from kedit.analysis.single import scan, single_edits, summary
 from kedit.data.facts import bundled
+from kedit.editors.ft import FTM
+from kedit.study.single import costs, scan, single_edits, successes
 
 
 def test_single_edits_are_undone_and_made_once(llama, tmp_path, monkeypatch):
@@ -16,13 +17,9 @@ def test_single_edits_are_undone_and_made_once(llama, tmp_path, monkeypatch):
     first = list(single_edits(llama, "ft-m", requests, HPARAMS["ft-m"]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.model.state_dict().items())
     assert [len(record["after"]) for record in first] == [1 + len(r.paraphrases) + len(r.neighbours) for r in requests]
-    numbers = summary(first)
-    assert numbers["reliability"]["n"] == 3
-    assert numbers["reliability"]["value"] == pytest.approx(
-        sum(r["after"][0]["new"] > r["after"][0]["true"] for r in first) / 3
-    )
-    from kedit.editors.ft import FTM
-
+    values = [item["value"] for item in successes(first)["reliability"]]
+    assert values == [record["after"][0]["new"] > record["after"][0]["true"] for record in first]
+    assert costs(first)["failed"] == 0 < costs(first)["seconds"]
     monkeypatch.setattr(FTM, "_apply", lambda *_: pytest.fail("made again"))
     assert list(single_edits(llama, "ft-m", requests, HPARAMS["ft-m"])) == first
 

@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 from scipy.stats import norm, spearmanr
 
-from kedit.analysis.damage import damage, predictors
-from kedit.analysis.scores import kept, summarise
+from kedit.analysis.damage import ability_kept, damage, predictors
+from kedit.analysis.scores import retention, summarise
+from kedit.study.params import Params
+from kedit.study.results import Cell, EditRecord, Results
 
 
 def items(values, base, ids=None):
@@ -74,42 +76,22 @@ def test_nothing_asked_is_not_zero():
 
 def test_retention_counts_the_edits_made_since():
     """Edit k at checkpoint n is n - k edits old; here every edit is forgotten after three more."""
-    import dataclasses
+    model = "smollm2-135m-instruct"
+    values = {"models": [model], "methods": ["rome"], "edits": [1, 5], "benchmarks": ["mini_mmlu"]}
+    params = Params.make("rq1", "t", values)
 
-    from kedit.analysis.scores import retention
-    from kedit.study.params import Params
-    from kedit.study.results import Results
-
-    params = dataclasses.replace(
-        Params.make(
-            "rq1",
-            "t",
-            {"models": ["smollm2-135m-instruct"], "methods": ["rome"], "edits": [1, 5], "benchmarks": ["mini_mmlu"]},
-        ),
-        benchmarks=[],
-    )
-
-    def cell(method, count, forgotten):
+    def cells(method, count, forgotten):
         asked = [
             {"id": str(k), "kind": "reliability", "new": float(k > forgotten), "true": 0.5, "says": "other"}
             for k in range(1, (count or 5) + 1)
         ]
-        return {"model": "smollm2-135m-instruct", "method": method, "variant": "default" if method else None,
-                "order": 0, "edits": count, "benchmark": "edit", "items": asked}  # fmt: skip
+        variant, order = ("default", 0) if method else (None, None)
+        yield Cell(model, method, variant, 0, count, "edit", asked)
+        yield Cell(model, method, variant, order, count, "mini_mmlu", items([1.0], [1.0]))
 
-    edits = [
-        {
-            "model": "smollm2-135m-instruct",
-            "method": "rome",
-            "variant": "default",
-            "order": 0,
-            "number": k,
-            "request": str(k),
-        }
-        for k in range(1, 6)
-    ]
-    cells = [cell(None, 0, 5), cell("rome", 1, 0), cell("rome", 5, 2)]
-    found = retention(Results(params, cells, edits, {})).set_index("after")
+    edits = [EditRecord(model, "rome", "default", 0, k, str(k), 0, {}) for k in range(1, 6)]
+    every = [*cells(None, 0, 5), *cells("rome", 1, 0), *cells("rome", 5, 2)]
+    found = retention(Results(params, every, edits, {})).set_index("after")
     assert found.value.to_dict() == {"0": 1.0, "1-2": 1.0, "3-9": 0.0}
     assert found.n.to_dict() == {"0": 2, "1-2": 2, "3-9": 2}
 
@@ -121,17 +103,17 @@ def trajectory(method, share, **measures):
 
 
 def test_damage_is_one_number_a_measure():
-    def passage(tokens, nll, kl, routed):
+    def passage(tokens, nll, kl):
         return {"kind": "text", "tokens": tokens, "nll": nll, "nll_unedited": 1.0, "entropy": 1.5, "entropy_unedited": 2.0,
-                "kl": kl, "routed": routed}  # fmt: skip
+                "kl": kl}  # fmt: skip
 
-    text = [passage(10, 2.0, 0.0, False), passage(30, 1.0, 0.4, True)]
+    text = [passage(10, 2.0, 0.0), passage(30, 1.0, 0.4)]
     layers = [{"kind": "layer", "cosine": 0.9, "l2": 0.9}, {"kind": "layer", "cosine": 0.2, "l2": 0.3}]
     found = damage([*layers, *text])
     assert found["perplexity"] == pytest.approx(math.exp(0.25))  # over tokens, not over passages
     assert found["kl"] == pytest.approx(0.3)
     assert found["entropy"] == pytest.approx(0.5)
-    assert (found["cosine"], found["l2"], found["routed"]) == (0.2, 0.3, 0.5)
+    assert (found["cosine"], found["l2"]) == (0.2, 0.3)
     assert {name: found[name] for name in ("relative", "spectral", "condition")} == {
         "relative": 0, "spectral": 1, "condition": 1}  # fmt: skip
     weights = [
@@ -156,20 +138,24 @@ def test_kept_is_the_share_above_chance_off_the_floor():
         row("mini_csqa", 0.5, 0.6, 0.2, "failed"),
         row("mini_mmlu", 0.65, 0.65, 0.25, edits=0),
     ]
-    found = kept(pd.DataFrame(rows)).set_index("edits").kept
+    found = ability_kept(pd.DataFrame(rows)).set_index("edits").kept
     assert found.to_dict() == pytest.approx({5: (0.375 + 0.75 + 0) / 3, 0: 1.0})
 
 
 def test_predictors_rank_and_lead():
     """The perplexity follows the ability exactly, the change of the weights leads it, the entropy is noise."""
     falls = trajectory(
-        "a", [1, 0.9, 0.8, 0.4, 0.1], perplexity=[1, 1.1, 1.2, 3, 9], relative=[0, 0.2, 0.3, 0.4, 0.5], entropy=0.3
+        "rome", [1, 0.9, 0.8, 0.4, 0.1], perplexity=[1, 1.1, 1.2, 3, 9], relative=[0, 0.2, 0.3, 0.4, 0.5], entropy=0.3
     )
     later = trajectory(
-        "b", [1, 1.0, 0.95, 0.7, 0.2], perplexity=[1, 1.0, 1.05, 1.5, 5], relative=[0, 0.05, 0.2, 0.3, 0.6], entropy=0.3
+        "memit",
+        [1, 1.0, 0.95, 0.7, 0.2],
+        perplexity=[1, 1.0, 1.05, 1.5, 5],
+        relative=[0, 0.05, 0.2, 0.3, 0.6],
+        entropy=0.3,
     )
     stays = trajectory(
-        "c", [1, 1.0, 1.0, 0.99, 0.98], perplexity=[1] * 5, relative=[0, 0.01, 0.02, 0.3, 0.3], entropy=0.3
+        "pmet", [1, 1.0, 1.0, 0.99, 0.98], perplexity=[1] * 5, relative=[0, 0.01, 0.02, 0.3, 0.3], entropy=0.3
     )
     frame = pd.concat([falls, later, stays])
     control = trajectory("control", [1, 1, 1], perplexity=1.0, relative=0.0, entropy=0.0)
@@ -194,7 +180,7 @@ def test_predictors_rank_and_lead():
 
 
 def test_predictors_of_one_trajectory_have_no_interval():
-    found = predictors(trajectory("a", [1, 0.9, 0.8], kl=[0, 1, 2]))
+    found = predictors(trajectory("rome", [1, 0.9, 0.8], kl=[0, 1, 2]))
     assert found.rho[0] == pytest.approx(-1)
     assert math.isnan(found.rho_low[0])
     assert found.collapsed[0] == 0

@@ -1,4 +1,4 @@
-"""SecondMoments and verdicts on made-up outcomes with a known effect, with none, and at the floor."""
+"""Statistics and verdicts on made-up outcomes with a known effect, with none, and at the floor."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 
 from kedit.analysis import inference, verdicts
 from kedit.study.params import Method, Params
-from kedit.study.results import Results
+from kedit.study.results import Cell, Results
 
 N = 200
 SUITE = ["mini_mmlu", "mini_bbh", "mini_gsm8k", "mini_csqa", "mini_triviaqa"]
@@ -19,15 +19,15 @@ def grid(kept, benchmarks=SUITE, methods=("rome", "memit"), edits=(0, 10, 30), o
     Models are the keys of ``base`` (a mapping) or one model; wrong answers stay wrong.
     """
     bases = base if isinstance(base, dict) else {"m": base}
-    params = Params("rq1", "t", list(bases), [Method("control"), *map(Method, methods)], list(edits), list(benchmarks), orders=list(orders))  # fmt: skip
+    params = Params.model_construct(
+        rq="rq1", name="t", models=list(bases), methods=[Method(method=name) for name in ("control", *methods)],
+        edits=list(edits), benchmarks=list(benchmarks), orders=list(orders), measures=[],
+    )  # fmt: skip
     cells = []
 
     def cell(model, method, order, count, benchmark, values):
-        variant = method and "default"
-        cells.append(
-            {"model": model, "method": method, "variant": variant, "order": order, "edits": count}
-            | {"benchmark": benchmark, "items": [{"id": str(i), "value": float(v)} for i, v in enumerate(values)]}
-        )
+        items = [{"id": str(i), "value": float(v)} for i, v in enumerate(values)]
+        cells.append(Cell(model, method, method and "default", order, count, benchmark, items))
 
     for model, share in bases.items():
         for benchmark in benchmarks:
@@ -136,13 +136,13 @@ def test_rq3(slope, start, word):
         ["mini_mmlu", "mini_bbh"],
         base=dict.fromkeys(sizes, start),
     )
-    assert verdicts.model_scale(found, sizes.get).word == word
+    assert verdicts.model_scale(found, sizes).word == word
 
 
 def test_the_slope_is_per_tenfold_size():
     sizes = {"a": 1e5, "b": 1e6, "c": 1e7}
     found = grid(lambda m, *_: 0.6 + 0.2 * (math.log10(sizes[m]) - 6), ["mini_gsm8k"], ["rome"], base=dict.fromkeys(sizes, 0.9))  # fmt: skip
-    assert inference.trend(found, sizes.get).slope[0].value == pytest.approx(0.2, abs=0.01)
+    assert inference.trend(found, sizes).slope[0].value == pytest.approx(0.2, abs=0.01)
 
 
 def test_rq4():

@@ -1,44 +1,49 @@
-"""The README's tables."""
+"""The README's tables: what each takes is measured (``kedit.study.single``), where the store does not have it yet."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Any
 
 import pandas as pd
 
 import kedit
-from kedit.analysis import scores as stats
-from kedit.analysis.single import editing_table
+from kedit.analysis.scores import FLOOR, off_chance, shown, summarise
+from kedit.editors import kind_of, known
 from kedit.evaluation import benchmarks
-from kedit.evaluation.harness import evaluate
-from kedit.pico.train import RECIPES
+from kedit.registry import load_object, unknown
 from kedit.store import write_atomic
+from kedit.study.single import costs, measured, successes, unedited
+from kedit.workers import pool
 
-# The README's tables ---------------------------------------------------------------------------------
+MODEL = "smollm2-135m-instruct"
+TIMED = 5
+"""Edits made afresh for the table's seconds, whenever it is made: stored ones were timed on a machine then in use."""
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Share of right answers and its standard error."""
+    score = sum(values) / len(values)
+    return score, sqrt(score * (1 - score) / len(values))
 
 
 def suite_table() -> pd.DataFrame:
     """The mini suite on the unedited SmolLM2: score, standard error, chance, n, distance from chance."""
-    from math import sqrt
-
-    lm = kedit.load("smollm2-135m-instruct")
     rows = []
-    for name in benchmarks.suites()["mini"]:
+    for name, values in unedited(MODEL, "mini").items():
         about = benchmarks.metadata(name)
-        items = evaluate(lm, name)
-        values = [item["value"] for item in items]
-        score = sum(values) / len(values)
-        distance = stats.off_chance(values, about["chance"])
+        (score, error), distance = _mean(values), off_chance(values, about["chance"])
         rows.append(
             {
                 "benchmark": name,
                 "stands for": about["benchmark"],
                 "metric": about["metric"],
                 "unedited": f"{score:.3f}",
-                "standard error": f"{sqrt(score * (1 - score) / len(values)):.3f}",
+                "standard error": f"{error:.3f}",
                 "chance": f"{about['chance']:.2f}",
                 "n": len(values),
                 "off chance by (SE)": f"{distance:+.1f}",
-                "": "" if abs(distance) >= 3 else "floor",
+                "": "" if abs(distance) >= FLOOR else "floor",
             }
         )
     return pd.DataFrame(rows)
@@ -46,25 +51,32 @@ def suite_table() -> pd.DataFrame:
 
 def pico_table() -> pd.DataFrame:
     """Every pico model on every pico benchmark: score and standard error; * within three of chance (floor)."""
-    from math import sqrt
-
     about = {name: benchmarks.metadata(name) for name in benchmarks.suites()["pico"]}
     rows = [{"benchmark": n, "stands for": a["benchmark"], "chance": f"{a['chance']:.3g}"} for n, a in about.items()]
-    for model in RECIPES:
-        lm = kedit.load(model)
-        for row in rows:
-            values = [item["value"] for item in evaluate(lm, row["benchmark"])]
-            score = sum(values) / len(values)
-            floor = abs(stats.off_chance(values, about[row["benchmark"]]["chance"])) < 3
-            row[model] = f"{score:.2f} ± {sqrt(score * (1 - score) / len(values)):.2f}" + " *" * floor
+    for model in load_object("kedit.pico.train:RECIPES"):
+        for row, values in zip(rows, unedited(model, "pico").values(), strict=True):
+            floor = abs(off_chance(values, about[row["benchmark"]]["chance"])) < FLOOR
+            row[model] = "{:.2f} ± {:.2f}".format(*_mean(values)) + " *" * floor
     return pd.DataFrame(rows)
 
 
-TABLES: dict[str, Callable[[], pd.DataFrame]] = {
-    "suite": suite_table,
-    "pico": pico_table,
-    "editing": editing_table,
-}
+def _method_row(name: str, count: int) -> dict[str, Any]:
+    records, seconds = measured(MODEL, name, count, TIMED)
+    row = {"method": kind_of(name).label, "n": len(records)}
+    metrics = successes(records)
+    for metric in sorted(metrics, key=lambda metric: metric.endswith("_generated")):
+        about = summarise(metrics[metric])
+        row[metric.replace("_", ", ")] = shown(about["value"], about["ci_low"], about["ci_high"])
+    return row | {"seconds an edit": f"{seconds:.1f}", "kB an edit": f"{costs(records)['bytes'] / 1000:.1f}"}
+
+
+def editing_table(count: int = 100) -> pd.DataFrame:
+    """Every method on the first records of the bundled edit split, one method a worker."""
+    with pool() as (executor, _):
+        return pd.DataFrame(executor.map(_method_row, known(), [count] * len(known())))
+
+
+TABLES: dict[str, Callable[[], pd.DataFrame]] = {"suite": suite_table, "pico": pico_table, "editing": editing_table}
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -73,16 +85,20 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def update_readme(names: list[str]) -> None:
-    """Measure tables and put them between their markers in README.md."""
+def update_readme(names: Sequence[str]) -> None:
+    """Measure tables and put them between their markers in README.md.
+
+    Raises:
+        KeditError: there is no such table, or no place for it.
+    """
     path = kedit.ROOT / "README.md"
     for name in names:
         if name not in TABLES:
-            raise kedit.KeditError(f"there is no table {name!r}; there are {', '.join(TABLES)}.")
+            raise unknown("table", name, TABLES)
         table = markdown(TABLES[name]())
         text, replaced = re.subn(
             rf"(<!-- table {name} -->\n).*?(<!-- end -->)",
-            lambda found, table=table: f"{found[1]}{table}\n{found[2]}",
+            lambda match, table=table: f"{match[1]}{table}\n{match[2]}",
             path.read_text(),
             flags=re.DOTALL,
         )

@@ -43,6 +43,7 @@ def known() -> dict[str, str]:
     return registered("editors", EDITORS)
 
 
+@cache
 def kind_of(name: str) -> type[Editor]:
     """The editor class of a method.
 
