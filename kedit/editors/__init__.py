@@ -10,6 +10,7 @@ package adds an entry point of the group ``kedit.editors``), and give it hyper-p
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 import yaml
