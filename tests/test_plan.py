@@ -4,13 +4,13 @@ import copy
 import dataclasses
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
 
 import kedit
 from kedit import KeditError
 from kedit.data import facts
 from kedit.editors import kind_of, make_hparams
+from kedit.evaluation import benchmarks
 from kedit.pico.train import RECIPES, configuration
 from kedit.store import Store, runs_folder
 from kedit.study import plan
@@ -30,17 +30,17 @@ def test_every_parameter_file_has_a_plan(path, monkeypatch, tmp_path):
     assert len(params.hparams()) == len(params.models) * len(params.methods)
     for model in params.models:
         assert sum(line.startswith(f"{model} ") for line in text.splitlines()) == len(params.methods)
-        if plan.SHAPES[model].gated:
+        if plan.known_shapes()[model].gated:
             assert f"Gated, needs access: {params.models[0]}" in text
 
 
 @pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "alphaedit", "pmet", "kn", "mend", "ft-l", "ft-m",
                                     "grace", "serac", "ike"])  # fmt: skip
-@pytest.mark.parametrize("model", [name for name in plan.SHAPES if not name.startswith("pico-")])
+@pytest.mark.parametrize("model", [name for name in plan.known_shapes() if not name.startswith("pico-")])
 def test_every_method_has_hyper_parameters_for_every_known_model(method, model):
     hparams = make_hparams(kind_of(method), model)
     layers = getattr(hparams, "layers", None) or [getattr(hparams, "layer", 0)]
-    assert 0 <= min(layers) <= max(layers) < plan.SHAPES[model].layers
+    assert 0 <= min(layers) <= max(layers) < plan.known_shapes()[model].layers
 
 
 def test_the_count_of_a_small_grid():
@@ -63,10 +63,9 @@ def test_committed_training_costs_nothing_and_other_training_does():
     assert once[1] != ["0", "s"]
 
 
-def test_every_offered_benchmark_has_its_reading():
-    from kedit.evaluation.benchmarks import KNOWN
-
-    assert set(plan.READING) == set(KNOWN)
+def test_every_offered_benchmark_says_what_it_reads():
+    for name in benchmarks.known():
+        assert set(benchmarks.metadata(name)["reading"]) == {"items", "shared", "own", "generated"}
 
 
 def configurations():
@@ -95,16 +94,20 @@ def configurations():
 @pytest.mark.parametrize(
     ("name", "config"), configurations(), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_parameters_are_those_of_the_architecture(name, config):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    shape = plan.SHAPES[name]
-    assert shape.parameters == sum(weight.numel() for weight in model.parameters())
-    assert (shape.d, shape.layers, shape.vocabulary) == (
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.vocab_size,
-    )
+def test_known_shapes_are_those_of_the_architectures(name, config):
+    counted, known = plan.shape_from(config), plan.known_shapes()[name]
+    assert dataclasses.replace(counted, window=known.window, gated=known.gated) == known
+
+
+def test_a_model_outside_the_list_is_known_by_its_configuration(tmp_path):
+    MistralConfig(vocab_size=99, hidden_size=8, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                  intermediate_size=20, max_position_embeddings=64).save_pretrained(tmp_path)  # fmt: skip
+    grid = {"models": [str(tmp_path)], "methods": ["control"], "edits": [1], "benchmarks": ["mini_mmlu"]}
+    params = Params.make("rq1", "x", {**grid, "dtype": "bfloat16"})
+    shape = plan.shape_of(params, str(tmp_path))
+    assert (shape.d, shape.layers, shape.m, shape.mlp, shape.kv, shape.window, shape.weight) == (8, 3, 20, 3, 4, 64, 2)
+    unknown = params.model_copy(update={"models": ["nobody/nothing"]})
+    assert "shape unknown: add it to kedit/study/models.yaml" in plan.plan(unknown)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would():
@@ -114,7 +117,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would():
     with pytest.raises(KeditError, match=r"rq1/llama2-7b: control on .*7b-hf needs 28 GB of GPU memory and .* 24 GB; "
                                          r"set dtype: bfloat16, or a machine with more"):  # fmt: skip
         plan.check_memory(params, ("GPU", 24 * gigabytes, 256 * gigabytes))
-    half = dataclasses.replace(params, dtype="bfloat16")
+    half = params.model_copy(update={"dtype": "bfloat16"})
     plan.check_memory(half, ("GPU", 24 * gigabytes, 256 * gigabytes))
     with pytest.raises(KeditError, match=r"control on .*7b-hf needs 15 GB of GPU memory and .* 12 GB; "
                                          r"use EleutherAI/pythia-\S+, or a machine with more"):  # fmt: skip
@@ -134,7 +137,7 @@ def test_what_is_stored_is_found_without_the_model(tmp_path, monkeypatch, tokeni
     build("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("The capital of France is Paris, and so it was. " * 500)
-    rome = {"layer": 2, **SEARCH, "steps": 3, "contexts": [[3, 2]]}
+    rome = {"layer": 2, **SEARCH, "steps": 2, "context_lengths": [[3, 2]]}
     params = Params.make("rq1", "x", {
         "models": [str(tmp_path / "model")], "edits": [1, 2], "benchmarks": ["mini_gsm8k"], "limit": 2, "orders": [0, 2],
         "methods": ["control", {"method": "rome", "variant": "tiny", "hparams": rome},

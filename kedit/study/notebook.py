@@ -63,7 +63,7 @@ def changed(file: Params, given: Mapping[str, Any]) -> Params:
     params = Params.make(file.rq, file.name, {**file.values(), **given})
     name = file.name
     for key, value in _differences(params, file).items():
-        text = "-".join(map(str, value if isinstance(value, list) else [value]))
+        text = "all" if value is None else "-".join(map(str, value if isinstance(value, list) else [value]))
         simple = key in ("edits", "orders", "limit", "dtype") and len(text) <= 20
         name += f"-{key}-{text if simple else digest(value)[:6]}"
     return params.model_copy(update={"name": name})

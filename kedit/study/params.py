@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
-from pydantic_core import ErrorDetails
 
 from kedit import ROOT, KeditError
 from kedit.data import facts
@@ -246,7 +245,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _sentence(error: ErrorDetails) -> str:
+def _sentence(error: Mapping[str, Any]) -> str:
     """What is wrong with a value, and what it must be."""
     location: Sequence[int | str] = error["loc"]
     key = form = ".".join(part for part in location if isinstance(part, str))
