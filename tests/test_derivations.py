@@ -9,9 +9,17 @@ from plain import weights
 import kedit
 from kedit.data.requests import EditRequest
 from kedit.editors.kn import attributions
-from kedit.editors.value_search import search
+from kedit.editors.pmet import adding
+from kedit.editors.value_search import Objective, search
 from kedit.model.anatomy import matrix
-from kedit.model.forward import activations, lookup_text, lookup_texts
+from kedit.model.forward import activations, hooked, lookup_text, lookup_texts
+
+
+def delta_of(editor, texts, init, subject="France"):
+    """What the value search finds for " Rome", (d,) float64."""
+    lm, hparams = editor.lm, editor.hparams
+    kl_text = lookup_text(lm, "{} is a", subject)
+    return search(Objective(lm, texts, kl_text, lm.encode(" Rome"), hparams.layers[-1]), init, hparams)[0].double()
 
 
 def close(found, expected, tolerance=1e-4):
@@ -26,10 +34,7 @@ def test_rome_is_the_closed_form(lm, statistics, moments):
     old = matrix(down).double().clone()
     keys = activations(lm, texts, [2], "key")[2].double()
     output = activations(lm, texts[:1], [2], "value")[2][0]
-    target = lm.encode(" Rome")
-    delta = search(
-        lm, texts, lookup_text(lm, "{} is a", "France"), target, output, editor.hparams.search
-    ).delta.double()
+    delta = delta_of(editor, texts, output)
     turned = torch.linalg.inv(moments[2].double()) @ keys.mean(0)
     expected = torch.outer(delta, turned) / (keys[0] @ turned)
 
@@ -50,15 +55,14 @@ def test_memit_is_the_normal_equations(lm, statistics, moments):
     texts = lookup_texts(lm, REQUEST, CONTEXTS)
     layers, last = hparams["layers"], hparams["layers"][-1]
     start = activations(lm, texts[:1], [last], "block")[last][0].double()
-    found = search(lm, texts, lookup_text(lm, "{} is a", "France"), lm.encode(" Rome"), start, editor.hparams.search)
-    goal = start + found.delta.double()
+    goal = start + delta_of(editor, texts, start)
     olds = {layer: matrix(lm.anatomy.down(layer)).double().clone() for layer in layers}
     expected = {}
     for position, layer in enumerate(layers):
         keys = activations(lm, texts, [layer], "key")[layer].double()
         key = (keys[0] + keys[1:].mean(0)) / 2
         left = goal - activations(lm, texts[:1], [last], "block")[last][0].double()
-        solved = plain.ridge(moments[layer], hparams["weight"], key[:, None])
+        solved = plain.ridge(moments[layer], hparams["mom2_weight"], key[:, None])
         expected[layer] = (left / (len(layers) - position))[:, None] @ solved.T
         matrix(lm.anatomy.down(layer)).copy_(olds[layer] + expected[layer])
     for layer in layers:
@@ -77,9 +81,7 @@ def test_r_rome_maps_the_averaged_key(lm, statistics, moments):
     old = weights(lm, [2])[2]
     key = activations(lm, texts, [2], "key")[2].double().mean(0)
     outputs = activations(lm, texts, [2], "value")[2]
-    target = lm.encode(" Rome")
-    found = search(lm, texts, lookup_text(lm, "{} is a", "France"), target, outputs[0], editor.hparams.search)
-    left = outputs[0].double() + found.delta.double() - outputs.double().mean(0)
+    left = outputs[0].double() + delta_of(editor, texts, outputs[0]) - outputs.double().mean(0)
     turned = torch.linalg.inv(moments[2].double()) @ key
     edit = editor.apply(REQUEST)
     assert close(weights(lm, [2])[2] - old, torch.outer(left, turned) / (key @ turned))
@@ -98,7 +100,7 @@ def test_alphaedit_is_the_projected_system(lm, statistics, moments):
     projections = {}
     for layer in hparams["layers"]:
         values, vectors = torch.linalg.eigh(moments[layer].double())
-        small = values.cumsum(0) <= hparams["share"] * values.sum()
+        small = values.cumsum(0) <= hparams["null_space_share"] * values.sum()
         assert 0 < small.sum() < len(values)
         projections[layer] = vectors[:, small] @ vectors[:, small].T
     held = dict.fromkeys(hparams["layers"], 0.0)
@@ -107,12 +109,11 @@ def test_alphaedit_is_the_projected_system(lm, statistics, moments):
         request = EditRequest("The capital city of {}", subject, "Rome", "Paris")
         texts = lookup_texts(lm, request, CONTEXTS)
         start = activations(lm, texts[:1], [2], "block")[2][0].double()
-        found = search(lm, texts, lookup_text(lm, "{} is a", subject), lm.encode(" Rome"), start, editor.hparams.search)
-        goal, olds = start + found.delta.double(), weights(lm, hparams["layers"])
+        goal, olds = start + delta_of(editor, texts, start, subject), weights(lm, hparams["layers"])
         for position, layer in enumerate(hparams["layers"]):
             key, projection = mean_key(lm, texts, layer), projections[layer]
             left = (goal - activations(lm, texts[:1], [2], "block")[2][0].double()) / (2 - position)
-            solved = plain.null_space(projection, held[layer], hparams["ridge"], key[:, None])
+            solved = plain.null_space(projection, held[layer], hparams["l2"], key[:, None])
             matrix(lm.anatomy.down(layer)).copy_(olds[layer] + left[:, None] @ solved.T)
         expected = weights(lm, hparams["layers"])
         for layer, old in olds.items():
@@ -142,7 +143,7 @@ def test_pmet_is_the_normal_equations_of_the_mlp_alone(lm, statistics, moments):
     for position, layer in enumerate(hparams["layers"]):
         key = mean_key(lm, texts, layer)
         left = goal - activations(lm, texts[:1], [2], "value")[2][0].double()
-        solved = plain.ridge(moments[layer], hparams["weight"], key[:, None])
+        solved = plain.ridge(moments[layer], hparams["mom2_weight"], key[:, None])
         expected = (left / (2 - position) ** 0.5)[:, None] @ solved.T
         assert close(news[layer] - olds[layer], expected)
         matrix(lm.anatomy.down(layer)).copy_(olds[layer] + expected)
@@ -150,16 +151,13 @@ def test_pmet_is_the_normal_equations_of_the_mlp_alone(lm, statistics, moments):
 
 def test_pmet_moves_both_sublayers(lm):
     """Shifts of attention and MLP put into the tail equal the same shifts in the whole model."""
-    from kedit.editors.pmet import _adding
-    from kedit.editors.value_search import Objective
-
     texts = lookup_texts(lm, REQUEST, CONTEXTS)
     torch.manual_seed(0)
     deltas = [torch.randn(32) for _ in range(2)]
     sites = (lm.anatomy.down(2), lm.anatomy.attn_out(2))
     objective = Objective(lm, texts, lookup_text(lm, "{} is a", "France"), lm.encode(" Rome"), 1)
-    with _adding(dict(zip(sites, deltas, strict=True))):
-        said, _, _ = objective.terms(objective.tail.run(1, objective.tail.states[1]))
+    with hooked({site: adding(delta) for site, delta in zip(sites, deltas, strict=True)}):
+        objective.losses(objective.tail.run(1, objective.tail.states[1]))
 
     def add(place, delta):
         def hook(module, args, output):
@@ -170,13 +168,11 @@ def test_pmet_moves_both_sublayers(lm):
         return hook
 
     for index, text in enumerate(texts):
-        handles = [
-            site.register_forward_hook(add(text.lookup, delta)) for site, delta in zip(sites, deltas, strict=True)
-        ]
-        logits = lm.model(torch.tensor([text.ids])).logits[0, -1]
-        for handle in handles:
-            handle.remove()
-        assert said[index, 0].item() == pytest.approx(logits.log_softmax(-1)[lm.encode(" Rome")[0]].item(), abs=1e-4)
+        with hooked({site: add(text.lookup, delta) for site, delta in zip(sites, deltas, strict=True)}):
+            logits = lm.model(torch.tensor([text.ids])).logits[0, -1]
+        assert objective.logprobs[index, 0].item() == pytest.approx(
+            logits.log_softmax(-1)[lm.encode(" Rome")[0]].item(), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("method", ["ft-l", "ft-m"])
@@ -233,7 +229,7 @@ def test_kn_copies_run_together_equal_one_by_one(lm, monkeypatch):
     ids, answer = [*lm.begin, *lm.encode("The capital city of France")], lm.encode(" Rome")[0]
     expected = plain.attributions(lm, ids, answer, 4)
     for copies in (120, 8):  # all layers in one batch, and two layers in each
-        monkeypatch.setattr("kedit.editors.kn.ROWS", copies)
+        monkeypatch.setattr("kedit.editors.kn.COPIES", copies)
         assert close(attributions(lm, ids, answer, 4), expected)
 
 

@@ -6,11 +6,20 @@ from conftest import CONTEXTS, HPARAMS, REQUEST, build
 
 import kedit
 from kedit import KeditError
+from kedit.data.facts import bundled, bundled_zsre
 from kedit.data.requests import EditRequest
-from kedit.editors.second_moments import SecondMoments
+from kedit.editors import ike, known, mend, serac
+from kedit.editors.protocol import Editor
 from kedit.model.anatomy import matrix
 from kedit.model.journal import Dense, Edit, EditFailed
 from kedit.model.lm import LM
+
+TRAINED = {
+    "mend": {"layers": [1, 2], "rank": 8, "steps": 1, "accumulate": 2},
+    "serac": {"steps": 1},
+    "ike": {"k": 8},
+}
+"""As little training as there can be."""
 
 
 def probability(lm, request):
@@ -84,28 +93,51 @@ def test_sequential_edits_replay_and_undo_to_the_bit(lm, statistics, method):
         assert max(map(len, saved)) < 20_000  # vectors, not matrices
 
 
-@pytest.mark.parametrize("method", HPARAMS)
-def test_a_run_taken_up_again_makes_the_edit_that_it_would_have_made(llama, method, tmp_path):
-    """Whatever a method reads of the unedited model, sampled contexts above all, or remembers of earlier edits."""
-    text = tmp_path / "text.txt"
-    text.write_text("The capital of France is Paris, and Lyon is a city on a river there. " * 300)
-    first, second = (EditRequest("The capital of {} is", name, "Rome", "Paris", id=name) for name in ("France", "Peru"))
-    sampled = {"context_lengths": [[3, 2]]} if "kl_factor" in HPARAMS[method] else {}
+@pytest.mark.parametrize("method", known())
+def test_every_editor_keeps_the_protocol(method, tmp_path, monkeypatch):
+    """Whatever a method reads of the unedited model, or remembers of earlier edits, a run that goes on does the same."""
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
+    for module in (mend, serac, ike):  # few facts to train on and to show
+        monkeypatch.setattr(module, "bundled", lambda split: bundled(split)[:24])
+    monkeypatch.setattr(serac, "bundled_zsre", lambda split: bundled_zsre(split)[:24])
+    kedit.check_editor(method, {**HPARAMS, **TRAINED}.get(method))
 
-    def fresh():
-        statistics = SecondMoments(llama, text=str(text), tokens=2048)
-        return kedit.editor(method, llama, hparams={**HPARAMS[method], **sampled}, statistics=statistics)
 
-    editor = fresh()
-    before = editor.apply(first).to_bytes()
-    expected = editor.apply(second)
-    state = bits(llama)
-    llama.journal.reset()
-    editor = fresh()
-    llama.journal.replay(Edit.from_bytes(before))
-    found = editor.apply(second)
-    assert same(llama, state)
-    assert {**found.info, "seconds": 0} == {**expected.info, "seconds": 0}
+class Reckless(Editor):
+    """Writes to the weight itself, which no journal can undo."""
+
+    name = "reckless"
+
+    def _apply(self, request, edit):
+        self.lm.anatomy.down(1).weight += 1
+
+
+class Forgetful(Editor):
+    """Draws its update from the model as it is when first asked, edited or not."""
+
+    name = "forgetful"
+
+    def _apply(self, request, edit):
+        down = self.lm.anatomy.down(1)
+        self.drawn = getattr(self, "drawn", down.weight.clone())
+        edit.write(Dense(self.lm.anatomy.name(down), self.drawn))
+
+
+class Idle(Editor):
+    """Changes nothing and gives no reason."""
+
+    name = "idle"
+
+    def _apply(self, request, edit):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "promise"), [(Reckless, "undo to the bit"), (Forgetful, "where a run goes on"), (Idle, "change something")]
+)
+def test_an_editor_that_breaks_a_promise_is_told_which(kind, promise):
+    with pytest.raises(AssertionError, match=promise):
+        kedit.check_editor(kind)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # Linear, and Conv1D

@@ -113,7 +113,7 @@ class Editor(ABC):
 
     def key(self) -> dict[str, Any]:
         """The recipe of this editor's edits."""
-        return self.recipe(self.hparams, self.statistics.key, self._contexts_given)
+        return self.recipe(self.hparams, self.statistics.key if self.moments_of else {}, self._contexts_given)
 
     @classmethod
     def cost(cls, shape: Shape, hparams: Any, tokens: int) -> Cost:
