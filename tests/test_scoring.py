@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES
 
-from kedit.model import scoring
+from kedit.model import scoring, tree
 from kedit.model.scoring import common_prefix, loglikelihoods, read
 
 
@@ -24,7 +24,7 @@ def texts(lm):
 
 @pytest.mark.parametrize("pack", [384, 30])
 def test_loglikelihoods_equal_one_forward_each(lm, pack, monkeypatch):
-    monkeypatch.setattr(scoring, "PACK", pack)
+    monkeypatch.setattr(scoring, "PACK_TOKENS", pack)
     pairs = texts(lm)
     context = pairs[0][0]
     best = lm.model(torch.tensor([context])).logits[0, -1].argmax().item()
@@ -39,7 +39,7 @@ def test_loglikelihoods_equal_one_forward_each(lm, pack, monkeypatch):
 
 @pytest.mark.parametrize("rows", [16, 2])
 def test_generation_equals_greedy_decoding(lm, rows, monkeypatch):
-    monkeypatch.setattr(scoring, "ROWS", rows)  # with 2, texts wait until others have finished
+    monkeypatch.setattr(scoring, "BATCH_TEXTS", rows)  # with 2, texts wait until others have finished
     prompts = list(dict.fromkeys(tuple(context) for context, _ in texts(lm)))
     stop = {1: 2, 2: 5}  # rows that end early must not disturb the others
     _, found = read(lm, [], prompts, 8, lambda row, tokens: len(tokens) == stop.get(row, 99))
@@ -52,9 +52,9 @@ def test_generation_equals_greedy_decoding(lm, rows, monkeypatch):
 
 def test_texts_that_repeat_themselves_take_fewer_forwards(smollm2, monkeypatch):
     """What transformers generates, of a list, a rhyme that leaves its pattern and one that must stop within a guess."""
-    lm, forward, counts = smollm2, scoring._forward, []
-    monkeypatch.setattr(scoring, "PACK", 24)  # wrong guesses are cleared away on the way
-    monkeypatch.setattr(scoring, "_forward", lambda *given: (counts.append(len(given[1])), forward(*given))[1])
+    lm, forward, counts = smollm2, scoring.forward, []
+    monkeypatch.setattr(scoring, "PACK_TOKENS", 24)  # wrong guesses are cleared away on the way
+    monkeypatch.setattr(scoring, "forward", lambda *given: (counts.append(len(given[1])), forward(*given))[1])
     said = [
         "1, 2, 3, 4, 5, 6,",
         "One is red. Two is red. Three is blue. Four is",
@@ -91,25 +91,25 @@ def test_guesses_change_nothing(lm, wrong_from):
         assert greedy == expected[1]
 
 
-def test_what_is_read_next_leaves_what_was_read_alone(lm, monkeypatch):
-    """Two ways on from the same tokens, each further than the room kept for it: all as when read anew."""
-    monkeypatch.setattr(scoring, "PACK", 4)
+def test_caches_that_share_a_buffer_do_not_disturb_each_other(lm, monkeypatch):
+    """Two ways on from the same tokens, each further than the buffer's room: all as when read anew."""
+    monkeypatch.setattr(tree, "SPARE", 4)
     ids = [*lm.begin, *lm.encode("The capital of Spain is London. The capital of France is Rome, it is said.")]
 
-    def go_on(read, more):
-        start = len(read.tokens.owner) if read else 0
-        return scoring._forward(lm, more, scoring._tokens(lm, 0, scoring.CONTEXT, start, len(more)), read)[1]
+    def go_on(cache, more):
+        start = cache.tokens.shape[1] if cache else 0
+        return tree.forward(lm, tree.span(more, 0, tree.CONTEXT, start), cache)[1]
 
     with torch.inference_mode():
         begun = go_on(None, ids[:6])
         ways = [ids, [*ids[:6], *reversed(ids[6:])]]
-        reads = [begun, begun]
-        for place in range(6, len(ids)):
-            reads = [go_on(read, way[place : place + 1]) for read, way in zip(reads, ways, strict=True)]
-        for read, way in zip([*reads, begun], [*ways, ids[:6]], strict=True):
-            for layer, plain in zip(read.past, lm.model(torch.tensor([way])).past_key_values.layers, strict=True):
-                torch.testing.assert_close(layer.keys, plain.keys, atol=1e-5, rtol=1e-4)
-                torch.testing.assert_close(layer.values, plain.values, atol=1e-5, rtol=1e-4)
+        caches = [begun, begun]
+        for index in range(6, len(ids)):
+            caches = [go_on(cache, way[index : index + 1]) for cache, way in zip(caches, ways, strict=True)]
+        for cache, way in zip([*caches, begun], [*ways, ids[:6]], strict=True):
+            for layer, plain in zip(cache.layers, lm.model(torch.tensor([way])).past_key_values.layers, strict=True):
+                torch.testing.assert_close(layer.keys, plain.keys, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(layer.values, plain.values, atol=1e-4, rtol=1e-4)
 
 
 def test_common_prefix_leaves_a_token():

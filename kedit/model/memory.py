@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Route:
-    """Who reads a prompt instead: a model, the token ids given to it, and its share of the answer.
+    """Who reads a prompt instead: a model, the token ids given to it, and its weight in the answer.
 
-    With ``share`` below 1 the answer is the mixture (1 - share) p(unrouted) + share p(routed).
+    With ``weight`` below 1 the answer is the mixture (1 - weight) p(unrouted) + weight p(routed).
     ``group`` names prompts worth reading together because they begin alike.
     """
 
     lm: "LM"
     ids: tuple[int, ...]
-    share: float = 1.0
+    weight: float = 1.0
     group: int = 0
 
 
