@@ -115,7 +115,8 @@ def ability_aspects(found: Sequence[Ability]) -> Verdict:
     """
     claim = "Editing affects different abilities to about the same extent"
     effects = inference.effects(found)
-    harmful = effects[effects.effect == "fell"].method.unique()
+    fell = set(effects[effects.effect == "fell"].method)
+    harmful = [method for method in effects.method.unique() if method in fell]
     groups = by_aspect([ability for ability in found if ability.method in harmful])
     if len(groups) < 2:
         return Verdict(claim, "inconclusive", "Under no method did an ability fall: there is no extent to compare.")
