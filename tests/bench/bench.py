@@ -7,37 +7,46 @@ times stand the floating-point operations counted in an extra pass, and the rate
 share of what a large matrix product reaches here. Torch counts no factorisations, so solves have none.
 """
 
+import argparse
 import contextlib
 import io
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from importlib import import_module
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import Any
 
+import lm_eval.tasks
 import pandas as pd
+import plain
 import torch
+from lm_eval.models.huggingface import HFLM
 from torch.utils.flop_counter import FlopCounterMode
 
 import kedit
-from kedit import KeditError
+from kedit.analysis.readme import markdown as as_markdown
 from kedit.data import facts
 from kedit.data.requests import EditRequest, spaced
+from kedit.editors import value_search
+from kedit.editors.kn import attributions
 from kedit.editors.protocol import Editor
 from kedit.editors.second_moments import SecondMoments
 from kedit.evaluation import benchmarks
+from kedit.evaluation.harness import SharedPrefixLM, evaluate
+from kedit.evaluation.success import measure
 from kedit.model.forward import activations, lookup_text, lookup_texts
 from kedit.model.journal import EditFailed
 from kedit.model.lm import LM
+from kedit.registry import unknown
 from kedit.store import write_atomic
+from kedit.study.params import Params
+from kedit.study.run import machine, versions
+from kedit.workers import log_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +59,7 @@ class Setting:
 
     Attributes:
         hparams: by method, for a model that params/methods knows not.
-        steps: of each search; parameter files say 20 or 25, over which what is done once weighs less.
+        steps: updates of each search; parameter files say 19 or 24, over which what is done once weighs less.
         points: of the integral of KN.
         repeats: timed runs of each side; long ones are run once.
         edits: by method, in the sequences whose first and last ones are compared.
@@ -61,7 +70,7 @@ class Setting:
     statistics: SecondMoments
     requests: Sequence[EditRequest]
     hparams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    steps: int = 5
+    steps: int = 4
     points: int = 2
     repeats: int = 3
     edits: Mapping[str, int] = field(default_factory=lambda: {"rome": 90, "serac": 300})
@@ -105,21 +114,12 @@ class Case:
     counted: bool = True
 
 
-def plain_versions() -> ModuleType:
-    """tests/plain.py of this checkout."""
-    sys.path.insert(0, str(kedit.ROOT / "tests"))
-    try:
-        return import_module("plain")
-    finally:
-        sys.path.pop(0)
-
-
 @cache
 def flops(run: Run) -> tuple[Any, int]:
     """A result and the floating-point operations that torch counts on the way to it."""
     with FlopCounterMode(display=False) as counter:
-        found = run()
-    return found, counter.get_total_flops()
+        result = run()
+    return result, counter.get_total_flops()
 
 
 def every_step(run: Callable[[int], Any], steps: int) -> int:
@@ -154,11 +154,11 @@ def measured(case: Case, repeats: int, best: float) -> dict[str, Any]:
         operations["fast"] = flops(case.fast)[1]
         operations["plain"] = case.count() if case.count else flops(case.plain)[1]
     times: dict[str, list[float]] = {"plain": [], "fast": []}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for _ in range(repeats):
         for side, run in (("plain", case.plain), ("fast", case.fast)):
             start = time.perf_counter()
-            found[side] = run()
+            results[side] = run()
             times[side].append(time.perf_counter() - start)
     slow, quick = median(times["plain"]), median(times["fast"])
     return {
@@ -175,7 +175,7 @@ def measured(case: Case, repeats: int, best: float) -> dict[str, Any]:
         "fast_gflop": operations["fast"] / 1e9 or None,
         "plain_share_of_peak": operations["plain"] / slow / best or None,
         "fast_share_of_peak": operations["fast"] / quick / best or None,
-        "apart": case.apart(found["plain"], found["fast"]) if case.apart else None,
+        "apart": case.apart(results["plain"], results["fast"]) if case.apart else None,
     }
 
 
@@ -184,40 +184,40 @@ def measured(case: Case, repeats: int, best: float) -> dict[str, Any]:
 
 def searches(setting: Setting) -> Iterator[Case]:
     """v* of ROME and z of MEMIT with 21 templates, and v* with as many as the parameter file says."""
-    from kedit.editors.value_search import search
-
-    plain, lm, request = plain_versions(), setting.lm, setting.request
-    many = {"contexts": ((5, 10), (10, 10))}
+    lm, request = setting.lm, setting.request
+    many = {"context_lengths": ((5, 10), (10, 10))}
     cases = (("rome", "value", many, 4.0), ("memit", "block", many, 4.0), ("rome", "value", {}, None))
     for name, at, contexts, bar in cases:
         editor = setting.editor(name, **contexts)
-        settings = replace(editor.hparams.search, steps=setting.steps)
+        settings, layer = replace(editor.hparams, steps=setting.steps), editor.hparams.layers[-1]
         texts = lookup_texts(lm, request, editor.contexts)
         target = lm.encode(spaced(request.target_new, request.prompt))
-        start = activations(lm, texts[:1], [settings.layer], at)[settings.layer][0]
-        given = (lm, texts, lookup_text(lm, "{} is a", request.subject), target, start, settings)
+        start = activations(lm, texts[:1], [layer], at)[layer][0]
+        given = (lm, texts, lookup_text(lm, "{} is a", request.subject), target, layer)
         yield Case(
             "search",
             f"{name.upper()}, {len(texts)} templates, {setting.steps} steps",
             "every row in full",
-            lambda given=given: plain.search(*given)[0],
-            lambda given=given: search(*given).delta,
+            lambda given=(*given, start, settings): plain.search(*given)[0],
+            lambda given=given, start=start, settings=settings: value_search.search(
+                value_search.Objective(*given), start, settings
+            )[0],
             relative,
             bar=bar,
             repeats=None if bar else 1,
-            count=lambda given=given: every_step(
-                lambda steps: plain.search(*given[:-1], replace(given[-1], steps=steps)), given[-1].steps
+            count=lambda given=(*given, start), settings=settings: every_step(
+                lambda steps: plain.search(*given, replace(settings, steps=steps)), settings.steps
             ),
         )
 
 
 def solves(setting: Setting) -> Iterator[Case]:
     """The linear algebra of one layer of one edit: MEMIT's (and PMET's), and AlphaEdit's after fifty edits."""
-    plain, statistics = plain_versions(), setting.statistics
+    statistics = setting.statistics
     generator = torch.Generator().manual_seed(0)
     memit, alphaedit = setting.editor("memit"), setting.editor("alphaedit")
     layer = memit.hparams.layers[0]
-    weight, moment = memit.hparams.weight, statistics.moment(layer)
+    weight, moment = memit.hparams.mom2_weight, statistics.moment(layer)
     root = torch.linalg.cholesky(moment)  # keys drawn with the second moment C
     key = root @ torch.randn(len(moment), 1, generator=generator, dtype=torch.float64)
     memit._gain(layer, key)  # the factor is there once for a model and layer
@@ -230,7 +230,7 @@ def solves(setting: Setting) -> Iterator[Case]:
         relative,
         counted=False,
     )
-    layer, l2 = alphaedit.hparams.layers[0], alphaedit.hparams.ridge
+    layer, l2 = alphaedit.hparams.layers[0], alphaedit.hparams.l2
     basis = alphaedit.basis(layer)
     old = root @ torch.randn(len(moment), 50, generator=generator, dtype=torch.float64)
     held = old @ old.T
@@ -251,9 +251,7 @@ def solves(setting: Setting) -> Iterator[Case]:
 
 def neurons(setting: Setting) -> Iterator[Case]:
     """KN's attributions of one token."""
-    from kedit.editors.kn import attributions
-
-    plain, lm, request = plain_versions(), setting.lm, setting.request
+    lm, request = setting.lm, setting.request
     ids = [*lm.begin, *lm.encode(request.text)]
     given = (lm, ids, lm.encode(spaced(request.target_true, request.prompt))[0], setting.points)
     yield Case(
@@ -280,8 +278,6 @@ MINI = {"mmlu": ("mini_mmlu", None, "mini_mmlu", None), "gsm8k": ("mini_gsm8k", 
 
 def _task(name: str, shots: int | None) -> Any:
     """An lm-eval task, its data from the mini suite or from KEDIT_MIRROR."""
-    import lm_eval.tasks
-
     stock = Path(lm_eval.tasks.__file__).parent / name.partition("_")[0]
     # one folder only: indexing all of lm-eval's tasks takes minutes
     manager = lm_eval.tasks.TaskManager(
@@ -296,10 +292,8 @@ def _task(name: str, shots: int | None) -> Any:
 
 def _answers(model: Any, name: str, task: Any, items: Sequence[int]) -> list[Any]:
     """Each item's log-likelihoods or text; lm-eval's own progress bars are kept quiet."""
-    import lm_eval
-
     with torch.inference_mode(), contextlib.redirect_stderr(io.StringIO()):
-        found = lm_eval.evaluate(
+        answered = lm_eval.evaluate(
             lm=model,
             task_dict={name: task},
             samples={name: list(items)},
@@ -307,7 +301,7 @@ def _answers(model: Any, name: str, task: Any, items: Sequence[int]) -> list[Any
             bootstrap_iters=0,
             verbosity="ERROR",
         )
-    samples = {sample["doc_id"]: sample["resps"] for sample in found["samples"][name]}
+    samples = {sample["doc_id"]: sample["resps"] for sample in answered["samples"][name]}
     return [
         [answer if isinstance(answer, str) else answer[0] for (answer,) in samples[index]] for index in sorted(samples)
     ]
@@ -324,10 +318,6 @@ def differing(plain: list[Any], fast: list[Any]) -> float:
 
 def evaluations(setting: Setting) -> Iterator[Case]:
     """lm-eval's hf model against shared prefixes."""
-    from lm_eval.models.huggingface import HFLM
-
-    from kedit.evaluation.harness import SharedPrefixLM
-
     lm = setting.lm
     ours = SharedPrefixLM(lm)
     real = bool(os.environ.get("KEDIT_MIRROR"))
@@ -369,11 +359,11 @@ def resident() -> float:
         return float("nan")
 
 
-FLAT: dict[str, dict[str, Any]] = {"rome": {"steps": 2, "contexts": ()}, "grace": {"steps": 2}, "serac": {}}
+FLAT: dict[str, dict[str, Any]] = {"rome": {"steps": 1, "context_lengths": ()}, "grace": {"steps": 2}, "serac": {}}
 """The cheapest settings of the methods whose cost is followed over many edits: one of weights, one with a memory."""
 
 
-def flat(setting: Setting, name: str, share: int = 6) -> list[dict[str, Any]]:
+def flat(setting: Setting, name: str, part: int = 6) -> list[dict[str, Any]]:
     """Time and memory of an edit on top of many against one on the unedited model.
 
     The last sixth of the requests is timed in turn, one here, one there: a machine has slow minutes.
@@ -381,7 +371,7 @@ def flat(setting: Setting, name: str, share: int = 6) -> list[dict[str, Any]]:
     lm, editor = setting.lm, setting.editor(name, **FLAT[name])
     edits = setting.edits[name]
     some = (list(setting.requests) * (1 + edits // len(setting.requests)))[:edits]
-    count = max(1, len(some) // share)
+    count = max(1, len(some) // part)
     times: dict[str, list[float]] = {"first": [], "last": []}
     memory = []
 
@@ -396,12 +386,12 @@ def flat(setting: Setting, name: str, share: int = 6) -> list[dict[str, Any]]:
     memory.append(resident())
     made = list(lm.journal.edits)
     for index, request in enumerate(some[-count:]):
-        # each request once, in one of the places: what is kept of its text would help the other
-        place = ("first", "last")[index % 2]
+        # each request once, after no edits or after all: what is kept of its text would help the other
+        after = ("first", "last")[index % 2]
         lm.journal.reset()
-        for one in made if place == "last" else ():
+        for one in made if after == "last" else ():
             lm.journal.replay(one)
-        times[place].append(seconds(partial(edit, request)))
+        times[after].append(seconds(partial(edit, request)))
     lm.journal.reset()
     what, against = f"{name.upper()}, edits after {len(made)}", "first edits"
     shared = {"section": "flat", "what": what, "against": against, "bar": 0.9}
@@ -414,16 +404,12 @@ def flat(setting: Setting, name: str, share: int = 6) -> list[dict[str, Any]]:
 
 def trajectory(setting: Setting) -> Iterator[Case]:
     """The RQ1 smoke grid, a quarter of its items, without control: one trajectory, or each number of edits anew."""
-    from kedit.evaluation.harness import evaluate
-    from kedit.evaluation.success import measure
-    from kedit.study.params import Params
-
     params = Params.read(kedit.ROOT / "params" / "rq1" / "smoke.yaml")
     lm, requests = setting.lm, params.requests(0)
     editors = [setting.editor(method.method) for method in params.methods if method.method != "control"]
 
     def grid(from_scratch: bool) -> list[Any]:
-        found = []
+        asked = []
         for editor in editors:
             lm.journal.reset()
             for count in (count for count in params.edits if count):
@@ -431,10 +417,10 @@ def trajectory(setting: Setting) -> Iterator[Case]:
                     lm.journal.reset()
                 while len(lm.journal.edits) < count:
                     editor.apply(requests[len(lm.journal.edits)])
-                found.append(measure(lm, requests[:count]))
-                found += [evaluate(lm, name, params.limit // 4) for name in params.benchmarks]
+                asked.append(measure(lm, requests[:count]))
+                asked += [evaluate(lm, name, params.limit // 4) for name in params.benchmarks]
         lm.journal.reset()
-        return found
+        return asked
 
     yield Case(
         "trajectory",
@@ -466,23 +452,21 @@ def table(setting: Setting, sections: Sequence[str]) -> tuple[pd.DataFrame, floa
         KeditError: no such section.
     """
     known = [*SECTIONS, "flat"]
-    for name in sections:
-        if name not in known:
-            raise KeditError(f"bench: there is no section {name!r}; use some of {', '.join(known)}.")
-    best, found = peak(), []
+    if strangers := [name for name in sections if name not in known]:
+        raise unknown("section", strangers[0], known)
+    best, rows = peak(), []
     if "flat" in sections:  # first: what is left in memory by others would hide what grows
         for name in setting.edits:
-            found += flat(setting, name)
+            rows += flat(setting, name)
     for name in (name for name in SECTIONS if name in sections):
         for case in SECTIONS[name](setting):
-            found.append(measured(case, setting.repeats, best))
-            log.info("%s", {key: value for key, value in found[-1].items() if value is not None})
-    return pd.DataFrame(found), best
+            rows.append(measured(case, setting.repeats, best))
+            log.info("%s", {key: value for key, value in rows[-1].items() if value is not None})
+    return pd.DataFrame(rows), best
 
 
 def markdown(frame: pd.DataFrame) -> str:
     """The table for readers."""
-    from kedit.analysis.readme import markdown as as_markdown
 
     def number(value: Any, form: str) -> str:
         return "" if value is None or pd.isna(value) else form.format(value)
@@ -521,8 +505,6 @@ def bench(sections: Sequence[str] = (), edits: int | None = None) -> list[Path]:
         sections: all, if none is named.
         edits: length of the sequences of section ``flat``.
     """
-    from kedit.study.run import machine, versions
-
     torch.set_num_threads(2)
     started = time.time()
     lm = kedit.load("smollm2-135m-instruct")
@@ -548,10 +530,6 @@ def bench(sections: Sequence[str] = (), edits: int | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    import argparse
-
-    from kedit.workers import log_to_stderr
-
     log_to_stderr()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help="only these, shown and not written")

@@ -21,14 +21,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 import kedit
 from kedit import KeditError
+from kedit.analysis.readme import markdown
 from kedit.data import facts
 from kedit.data.corpus import corpus
 from kedit.editors.second_moments import SecondMoments
 from kedit.evaluation import benchmarks
 from kedit.evaluation.harness import SharedPrefixLM, evaluate
+from kedit.model.forward import hooked
 from kedit.model.journal import EditFailed
 from kedit.model.lm import LM, SEPARATOR
 from kedit.store import write_atomic
+from kedit.study.run import machine, versions
+from kedit.workers import log_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -133,15 +137,12 @@ def reading(lm: LM, benchmark: str = BENCHMARK, prompts: int = PROMPTS) -> dict[
     def count(module: Any, args: tuple, output: torch.Tensor) -> None:
         read[0] += output.shape[:-1].numel()
 
-    handle, meter = lm.model.get_input_embeddings().register_forward_hook(count), Meter(lm)
+    meter, hooks = Meter(lm), hooked({lm.model.get_input_embeddings(): count})
     meter.reset()
     start = meter.now()
-    try:
-        with mock.patch.object(SharedPrefixLM, "_loglikelihood_tokens", noted):
-            items = evaluate(lm, benchmark, prompts)
-    finally:
-        seconds = meter.now() - start
-        handle.remove()
+    with hooks, mock.patch.object(SharedPrefixLM, "_loglikelihood_tokens", noted):
+        items = evaluate(lm, benchmark, prompts)
+    seconds = meter.now() - start
     tokens = sum(map(len, asked))
     return {
         "what": f"{benchmark}, {len(items)} prompts",
@@ -160,18 +161,15 @@ def bench_gpu() -> list[Path]:
     Raises:
         KeditError: there is no GPU, or the benchmark's data cannot be had.
     """
-    from kedit.analysis.readme import markdown
-    from kedit.study.run import machine, versions
-
     if not torch.cuda.is_available():
         raise KeditError("make bench-gpu needs a CUDA GPU with 40 GB and a torch that sees it; there is none here.")
     benchmarks.reach(BENCHMARK)
     lm = random_model(llama2_7b(), "cuda", torch.bfloat16)
-    found = [reading(lm)]
+    rows = [reading(lm)]
     for method in METHODS:
-        found.append(edits(lm, method, SecondMoments(lm)))
-        log.info("%s", found[-1])
-    frame = pd.DataFrame(found)
+        rows.append(edits(lm, method, SecondMoments(lm)))
+        log.info("%s", rows[-1])
+    frame = pd.DataFrame(rows)
     manifest = {"gpu": torch.cuda.get_device_name(), "machine": machine(), "versions": versions()}
     files = {
         "gpu.csv": frame.to_csv(index=False, float_format="%.5g", lineterminator="\n"),
@@ -185,7 +183,5 @@ def bench_gpu() -> list[Path]:
 
 
 if __name__ == "__main__":
-    from kedit.workers import log_to_stderr
-
     log_to_stderr()
     bench_gpu()
