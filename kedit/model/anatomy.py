@@ -3,11 +3,7 @@
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.gpt2.modeling_gpt2 import GPT2Model
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXModel
-from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralModel
+from transformers import GPT2Model, GPTNeoXModel, LlamaModel, MistralModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kedit import KeditError

@@ -1,10 +1,9 @@
-"""Which key? Where the subject ends in a text, the key there, and the second moment of all keys.
+"""Where a subject ends in a text, what the model computes there, and texts run on from there.
 
-A key is the input of an MLP's second projection (m numbers) at one token; see methods section 0 of
-Meng et al., "Locating and Editing Factual Associations in GPT" (ROME, 2022).
+A key is the input of an MLP's second projection (m numbers) at one token, a value its output; see
+section 3 of Meng et al., "Locating and Editing Factual Associations in GPT" (ROME, 2022).
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,14 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from kedit import KeditError
 from kedit.data.requests import EditRequest
 from kedit.model.lm import LM
-
-log = logging.getLogger(__name__)
-
 
 # Texts and positions ------------------------------------------------------------------------------
 
@@ -59,12 +56,8 @@ def lookup_texts(lm: LM, request: EditRequest, contexts: Sequence[str]) -> list[
 
 def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Right-pad token sequences: ids (B, T) and mask (B, T)."""
-    length = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.tensor(sequence)
-        mask[i, : len(sequence)] = 1
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    ids, mask = (pad_sequence(some, batch_first=True) for some in (rows, [torch.ones_like(row) for row in rows]))
     return ids.to(device), mask.to(device)
 
 
@@ -116,28 +109,22 @@ def stop_after(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def activations(lm: LM, texts: Sequence[LookupText], layers: Sequence[int], at: str) -> dict[int, Tensor]:
-    """Activations at each row's subject token, layer -> (rows, width).
+    """Activations at each text's lookup index, layer -> (texts, width).
 
     ``at`` is "key" (input of the second MLP projection, m wide), "value" (its output, d), "attention"
     (output of the attention's projection, d), "hidden" (output of the MLP's first projection, its gate
-    where there is one, m) or "block" (the block's output, d). Rows are cut after the subject and the
+    where there is one, m) or "block" (the block's output, d). Texts are cut after the subject and the
     forward stops after the last layer: causal attention makes what follows irrelevant.
     """
     anatomy = lm.anatomy
-    find = {
-        "key": anatomy.down,
-        "value": anatomy.down,
-        "attention": anatomy.attn_out,
-        "hidden": anatomy.inner,
-        "block": anatomy.blocks.__getitem__,
-    }[at]
-    sites = {layer: find(layer) for layer in layers}
+    find = {"key": anatomy.down, "value": anatomy.down, "attention": anatomy.attn_out, "hidden": anatomy.inner}
+    find["block"] = anatomy.blocks.__getitem__
+    sites = {layer: find[at](layer) for layer in layers}
     ids, mask = pad([text.ids[: text.lookup + 1] for text in texts], lm.device)
     with capture(lm, sites, inputs=at == "key") as seen, stop_after(anatomy.blocks[max(layers)]):
         anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False)
-    which = torch.arange(len(texts), device=lm.device)
-    where = torch.tensor([text.lookup for text in texts], device=lm.device)
-    return {layer: seen[layer][which, where] for layer in layers}
+    lookups = [text.lookup for text in texts]
+    return {layer: seen[layer][range(len(texts)), lookups] for layer in layers}
 
 
 class Injected(nn.Module):
@@ -168,7 +155,7 @@ class Tail:
     """Texts read once up to their subject's last token, ready to be run on from there.
 
     Args:
-        texts: rows; each is split at its subject's last token p into a prefix (positions < p) and a
+        texts: each is split at its subject's last token p into a prefix (positions < p) and a
             tail (p to the end).
         layers: blocks after whose output the tail can be run on; -1 is the embedding.
 
@@ -181,13 +168,11 @@ class Tail:
         self.lm = lm
         starts = torch.tensor([text.lookup for text in texts], device=lm.device)
         prefix = int(starts.max())
-        self.past = []
+        self.prefix = DynamicCache()
         if prefix:
             ids, _ = pad([text.ids[: text.lookup] for text in texts], lm.device)
-            cache = DynamicCache()  # no mask: no token looks at the padding after it
-            lm.anatomy.base(input_ids=ids, past_key_values=cache, use_cache=True)
-            self.past = [(kv.keys, kv.values) for kv in cache.layers]
-
+            # no mask: no token looks at the padding after it
+            lm.anatomy.base(input_ids=ids, past_key_values=self.prefix, use_cache=True)
         self.tail_ids, tail_mask = pad([text.ids[text.lookup :] for text in texts], lm.device)
         self.positions = starts[:, None] + torch.arange(self.tail_ids.shape[1], device=lm.device)
         before = torch.arange(prefix, device=lm.device)[None] < starts[:, None]
@@ -205,8 +190,8 @@ class Tail:
         """
         rows = len(states)
         cache = DynamicCache()
-        for index, (keys, values) in enumerate(self.past):
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        for index, layer_cache in enumerate(self.prefix.layers):
+            cache.update(*(part.expand(rows, -1, -1, -1) for part in (layer_cache.keys, layer_cache.values)), index)
         start = {"inputs_embeds": states} if layer < 0 else {"input_ids": self.tail_ids.expand(rows, -1)}
         with skip_blocks(self.lm.anatomy.blocks, layer) as injected:
             injected.states = states

