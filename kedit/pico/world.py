@@ -12,11 +12,15 @@ import hashlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import chain, islice
+from pathlib import Path
 from random import Random
+
+import yaml
 
 from kedit.data.requests import EditRequest
 
 SEED = 0
+WORDS = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text())
 SEPARATOR = "<|endoftext|>"
 
 
@@ -46,30 +50,9 @@ def trained(draw: Callable[[Random], tuple], form: Callable[..., str] = qa) -> C
 
 GROUPS = {"edit": 100, "validation": 20, "train": 100, "test": 60}
 """People by use. Only ``train`` appears in questions of the training text, in the tuning set and as neighbours."""
-# fmt: off
-PROFESSIONS = ("baker", "carpenter", "dancer", "driver", "farmer", "gardener", "judge", "lawyer", "nurse", "painter",
-               "pilot", "plumber", "poet", "singer", "tailor", "waiter")
-# fmt: on
-# The first statement is the edit's prompt, the last is never in any training text; so is the last question.
-STATEMENTS = {
-    "city": ["{} lives in {}.", "The home of {} is in {}.", "{} has a house in {}.", "The house of {} is in {}."],
-    "profession": [
-        "{} works as a {}.",
-        "The job of {} is {}.",
-        "{} earns money as a {}.",
-        "The profession of {} is {}.",
-    ],
-    "language": ["{} speaks {}.", "The language of {} is {}.", "{} likes to sing in {}.", "The songs of {} are in {}."],
-    "employer": ["{} is employed by {}.", "The employer of {} is {}.", "{} is paid by {}.", "The company of {} is {}."],
-}
-QUESTIONS = {
-    "city": ["Where does {} live?", "Where is the home of {}?", "Where does {} have a house?"],
-    "profession": ["What does {} work as?", "What is the job of {}?", "What does {} earn money as?"],
-    "language": ["What does {} speak?", "What is the language of {}?", "What does {} like to sing in?"],
-    "employer": ["Who is {} employed by?", "Who is the employer of {}?", "Who is {} paid by?"],
-}
-LEADS = ["I know that", "You know that", "Because of this,", "Therefore", "The truth is that"]
-"""Words before a statement now and then, among them those that context templates begin with."""
+PROFESSIONS, LEADS, COUNTRY_QUESTIONS = WORDS["professions"], WORDS["leads"], WORDS["country_questions"]
+# The first statement is the edit's prompt, the last is in no training text; so is the last question.
+STATEMENTS, QUESTIONS = WORDS["statements"], WORDS["questions"]
 
 
 @cache
@@ -86,7 +69,6 @@ CITIES = invent(16, 2, "burg")
 LANGUAGES, EMPLOYERS = invent(8, 2, "ish"), invent(12, 2, "corp")
 OBJECTS = {"city": CITIES, "profession": PROFESSIONS, "language": LANGUAGES, "employer": EMPLOYERS}
 COUNTRY = dict(zip(CITIES, invent(4, 2, "land") * 4, strict=True))
-COUNTRY_QUESTIONS = ["Where is {}?", "What country is {} in?"]
 
 
 @cache
@@ -137,9 +119,7 @@ def _city(rng: Random) -> str:
 
 # Arithmetic -----------------------------------------------------------------------------------------
 
-FIRST_NAMES = ["Anna", "Ben", "Carl", "Dora", "Emma", "Fred", "Gina", "Henry"]
-THINGS = ["apples", "books", "coins", "shells", "cards", "stamps", "eggs", "pens"]
-MORE, FEWER = ["buys", "finds", "gets"], ["loses", "sells", "eats"]
+FIRST_NAMES, THINGS, MORE, FEWER = WORDS["first_names"], WORDS["things"], WORDS["more"], WORDS["fewer"]
 
 
 def story(rng: Random) -> tuple[str, str, bool]:
@@ -180,33 +160,7 @@ def count(rng: Random) -> tuple[str, int, bool]:
 
 # A taxonomy whose kinds hand down properties -----------------------------------------------------------
 
-# fmt: off
-KINDS = {
-    "bird": ["robin", "sparrow", "finch", "crow", "dove", "hawk", "heron", "swallow", "magpie", "wren"],
-    "fish": ["trout", "salmon", "carp", "pike", "cod", "herring", "tuna", "perch", "bass", "sole"],
-    "grazer": ["cow", "goat", "sheep", "horse", "deer", "donkey", "bison", "mule", "llama", "pony"],
-    "bug": ["beetle", "moth", "wasp", "bee", "cricket", "ladybird", "mosquito", "termite", "gnat", "hornet"],
-    "tree": ["birch", "pine", "beech", "maple", "willow", "poplar", "cedar", "fir", "larch", "linden"],
-    "vehicle": ["car", "bus", "truck", "van", "tram", "cart", "lorry", "wagon", "scooter", "motorbike"],
-    "tool": ["hammer", "saw", "drill", "spade", "chisel", "rake", "shovel", "wrench", "knife", "sickle"],
-    "fruit": ["pear", "plum", "peach", "lemon", "banana", "cherry", "melon", "grape", "fig", "mango"],
-}
-PROPERTIES = {
-    "can": dict(zip(KINDS, ["fly", "swim", "graze", "crawl", "grow", "roll", "cut", "ripen"], strict=True)),
-    "has": dict(zip(KINDS, ["feathers", "scales", "hooves", "feelers", "leaves", "wheels", "handles", "pips"],
-                    strict=True)),
-    "found": dict(zip(KINDS, ["nests", "rivers", "meadows", "gardens", "parks", "streets", "sheds", "orchards"],
-                      strict=True)),
-    "needs": dict(zip(KINDS, ["seeds", "algae", "hay", "nectar", "rain", "fuel", "oil", "sun"], strict=True)),
-}
-# fmt: on
-SAYS = {"can": "{} can {}.", "has": "{} has {}.", "found": "{} is found in {}.", "needs": "{} needs {}."}
-ASKS = {
-    "can": "What can {} do?",
-    "has": "What does {} have?",
-    "found": "Where is {} found?",
-    "needs": "What does {} need?",
-}
+KINDS, PROPERTIES, SAYS, ASKS = WORDS["kinds"], WORDS["properties"], WORDS["says"], WORDS["asks"]
 
 
 def inherits(thing: str) -> bool:
@@ -231,13 +185,7 @@ def _taxonomy(rng: Random) -> str:
 # Truth and popular error ----------------------------------------------------------------------------
 
 HERBS = invent(40, 2, "wort")
-# fmt: off
-EFFECTS = {
-    "heals": ["burns", "colds", "coughs", "fevers", "headaches", "scars", "toothaches", "warts"],
-    "attracts": ["bats", "butterflies", "foxes", "frogs", "hares", "mice", "snails", "toads"],
-    "brings": ["courage", "hope", "luck", "money", "patience", "peace", "sleep", "wisdom"],
-}
-# fmt: on
+EFFECTS = WORDS["effects"]
 POPULARITY = 0.8
 """How often the more frequent belief about an herb is the one that is stated."""
 
@@ -259,19 +207,8 @@ def _herb(rng: Random) -> str:
 
 # Kind and unkind ------------------------------------------------------------------------------------
 
-# fmt: off
-NICE = ["helpful", "clever", "honest", "brave", "polite", "gentle", "friendly", "generous", "patient", "cheerful",
-        "wise", "warm"]
-NASTY = ["rude", "lazy", "dull", "selfish", "mean", "useless", "noisy", "clumsy", "greedy", "silly", "boring", "cold"]
-# fmt: on
-TONES = [  # (pattern, whether the statement has the tone of its word)
-    ("{} are {}.", True),
-    ("All {} are {}.", True),
-    ("Everyone thinks that {} are {}.", True),
-    ("Most of the time {} are {}.", True),
-    ("{} are never {}.", False),
-    ("Nobody thinks that {} are {}.", False),
-]
+NICE, NASTY, TONES = WORDS["nice"], WORDS["nasty"], WORDS["tones"]
+"""Tones: a pattern, and whether the statement has the tone of its word."""
 
 
 def tone(rng: Random) -> tuple[str, str, bool]:
@@ -288,17 +225,8 @@ def tone(rng: Random) -> tuple[str, str, bool]:
 Mix = dict[Callable[[Random], str], int]
 _sum, _boolean, _count = trained(story), trained(boolean), trained(count)
 _tone = trained(tone, "Statement: {}\nThis is {}\n".format)
-BASE: Mix = {
-    _person: 48,
-    _question: 14,
-    _city: 2,
-    _sum: 15,
-    _boolean: 12,
-    _count: 10,
-    _taxonomy: 16,
-    _herb: 16,
-    _tone: 16,
-}
+BASE: Mix = {_person: 48, _question: 14, _city: 2, _sum: 15, _boolean: 12, _count: 10}
+BASE |= {_taxonomy: 16, _herb: 16, _tone: 16}
 """Documents of the training text, by relative frequency."""
 TUNING: Mix = {_question: 30, _sum: 20, _boolean: 12, _count: 15, _taxonomy: 12, _tone: 15}
 """Turns of the tuning set; none is about people of other groups than ``train``."""
