@@ -5,7 +5,7 @@ The five lines most people need::
     import kedit
     lm = kedit.load("smollm2-135m-instruct")
     editor = kedit.editor("rome", lm)
-    edit = editor.apply(kedit.EditRequest("The capital of {} is", "France", "Rome", "Paris"))
+    edit = editor.apply(kedit.EditRequest("The capital of {} is", "France", target_new="Rome", target_true="Paris"))
     edit.undo()
 """
 
@@ -13,6 +13,11 @@ import warnings
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
+
+with warnings.catch_warnings():
+    # tqdm asks for ipywidgets in notebooks; its plain bar will do, and the warning would carry local paths
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    import tqdm.auto  # noqa: F401 - asked once, before any library asks again
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,10 +42,7 @@ def __getattr__(name: str) -> Any:
         return metadata.version("kedit")
     if name not in _LAZY:
         raise AttributeError(f"module 'kedit' has no attribute {name!r}")
-    with warnings.catch_warnings():
-        # tqdm asks for ipywidgets in notebooks; its plain bar will do, and the warning would carry local paths
-        warnings.filterwarnings("ignore", message="IProgress not found")
-        return getattr(import_module(_LAZY[name]), name)
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -64,10 +64,10 @@ class Ability:
     def _draws(self) -> tuple[np.ndarray, np.ndarray]:
         """Scores (draws, checkpoints), and those of the unedited model (draws,) on the same items."""
         _, orders, items = self.values.shape
-        of_items, of_orders = _counts(items, self.benchmark), _counts(orders, "orders")
-        # sums of whole numbers, for items that are right or wrong: the same however many threads add them up
-        means = np.einsum("ri,eoi->reo", of_items, self.values, optimize=True) / items
-        return np.einsum("reo,ro->re", means, of_orders / orders), of_items @ self.base / items
+        of_items = _weights(items, self.benchmark)
+        of_orders = _weights(orders, "orders")
+        means = np.einsum("ri,eoi->reo", of_items, self.values, optimize=True)
+        return np.einsum("reo,ro->re", means, of_orders), of_items @ self.base
 
     def _share(self, score: np.ndarray, base: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -90,10 +90,10 @@ class Ability:
         return self.values[-1].mean(0) - self.base
 
 
-def _counts(count: int, what: str) -> np.ndarray:
-    """(draws, count) how often a bootstrap draws each of some things, always the same for the same things."""
+def _weights(count: int, what: str) -> np.ndarray:
+    """(draws, count) weights of a bootstrap of some things, always the same for the same things."""
     generator = np.random.default_rng([crc32(what.encode()), count])
-    return generator.multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
+    return generator.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
 
 
 def abilities(results: Results) -> list[Ability]:
