@@ -35,10 +35,8 @@ def in_parts(lm, devices):
     model, base = lm.model, lm.model.base_model_prefix
     halves = {f"{base}.{lm.anatomy.layout.blocks}.{n}": f"cpu:{n * 2 // LAYERS}" for n in range(LAYERS)}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    others = {name: "cpu:0" for name, _ in model.get_submodule(base).named_children()} | {
-        lm.anatomy.layout.norm: "cpu:1"
-    }
-    others.pop(lm.anatomy.layout.blocks)
+    children = [name for name, _ in model.get_submodule(base).named_children() if name != lm.anatomy.layout.blocks]
+    others = {name: f"cpu:{int(name in ('norm', 'ln_f', 'final_layer_norm'))}" for name in children}
     head = lm.anatomy.name(lm.anatomy.head)
     places = halves | {f"{base}.{name}": place for name, place in others.items()}
     places[head] = "cpu:0" if tied else "cpu:1"

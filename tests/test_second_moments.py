@@ -1,53 +1,12 @@
+"""Second moments, and the texts and context templates that editors start from."""
+
 import pytest
 import torch
-from conftest import CONTEXTS, REQUEST
 
 from kedit import KeditError
-from kedit.data.corpus import SEQUENCE, sequences
-from kedit.editors.contexts import context_templates
+from kedit.data.corpus import SEQUENCE, corpus, sequences
+from kedit.editors.locate_then_edit import context_templates
 from kedit.editors.second_moments import SecondMoments
-from kedit.model.forward import activations, lookup_text, lookup_texts
-
-
-@pytest.mark.parametrize(
-    ("prompt", "subject", "template"),
-    [
-        ("{} is a country", "France", "{}"),
-        ("The capital of {} is", "New York", "Some words before. {}"),
-        ("{}'s home is in", "São Paulo", "{}"),
-        ("Who wrote {}?", "King Lear", "I. {}"),
-    ],
-)
-def test_subject_position_by_its_text(llama, prompt, subject, template):
-    """The tokens up to the position spell the text up to the subject's end; begin token first."""
-    found = lookup_text(llama, prompt, subject, template)
-    spelled = llama.tokenizer.decode(found.ids[1 : found.lookup + 1])
-    text = template.replace("{}", prompt)
-    assert spelled == text[: text.index("{}")] + subject
-    assert found.ids[0] == llama.begin[0]
-    assert found.lookup >= 1
-    assert llama.tokenizer.decode(found.ids[1:]) == text.replace("{}", subject)
-
-
-def test_a_subject_that_merges_with_what_follows_is_refused(smollm2):
-    with pytest.raises(KeditError, match="merges"):
-        lookup_text(smollm2, "They saw {}s there", "cat")
-
-
-def test_activations_are_those_of_the_whole_forward(lm):
-    texts = lookup_texts(lm, REQUEST, CONTEXTS)
-    for at in ("key", "value", "block"):
-        found = activations(lm, texts, [1, 2], at)
-        for layer in (1, 2):
-            for index, text in enumerate(texts):
-                seen = {}
-                module = lm.anatomy.blocks[layer] if at == "block" else lm.anatomy.down(layer)
-                handle = module.register_forward_hook(
-                    lambda _, args, output, at=at, seen=seen: seen.update(x=args[0] if at == "key" else output)
-                )
-                lm.model(torch.tensor([list(text.ids)]))
-                handle.remove()
-                assert torch.allclose(found[layer][index], seen["x"][0, text.lookup], rtol=1e-4, atol=1e-4)
 
 
 def test_second_moment_is_the_mean_over_all_tokens(llama, tmp_path, monkeypatch):
@@ -102,8 +61,6 @@ def test_too_little_text_is_one_sentence(llama, tmp_path):
 
 
 def test_bundled_text_is_real_and_long_enough():
-    from kedit.data.corpus import corpus
-
     articles = corpus("wikipedia-sample")
     assert len(articles) > 100
     assert sum(map(len, articles)) > 2_500_000
