@@ -27,8 +27,9 @@ def parameter_files() -> list[Path]:
     return [path for rq in QUESTIONS for path in sorted((kedit.ROOT / "params" / rq).glob("*.yaml"))]
 
 
-def _made(path: Path) -> None:
-    print("made", os.path.relpath(path, kedit.ROOT))
+def _made(*paths: Path) -> None:
+    for path in paths:
+        print("made", os.path.relpath(path, kedit.ROOT))
 
 
 def _params(args: argparse.Namespace) -> "Params":
@@ -75,11 +76,12 @@ def _draw(params: "Params") -> None:
     from traitlets.config import Config
 
     from kedit.analysis.questions import QUESTIONS
+    from kedit.study.notebook import folder_of
 
     if params.rq not in QUESTIONS:
         raise unknown("question", params.rq, QUESTIONS)
     notebook = f"{QUESTIONS[params.rq].notebook}.ipynb"
-    executed = runs_folder() / params.rq / params.name / notebook
+    executed = folder_of(params, "run") / notebook
     executed.parent.mkdir(parents=True, exist_ok=True)
     config = Config()
     if os.name == "posix":  # talk to the kernel through files: no port, no loopback interface needed
@@ -93,8 +95,7 @@ def _draw(params: "Params") -> None:
         progress_bar=False,
         config=config,
     )
-    for path in (executed, *sorted((kedit.ROOT / "figures" / params.rq / params.name).iterdir())):
-        _made(path)
+    _made(executed, *sorted(folder_of(params, "committed").iterdir()))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -128,16 +129,14 @@ def _figures(args: argparse.Namespace) -> None:
     """redraw all from committed cells"""
     from kedit.analysis.report import redraw
 
-    for path in redraw():
-        print(os.path.relpath(path, kedit.ROOT))
+    _made(*redraw())
 
 
 def _report(args: argparse.Namespace) -> None:
     """render the committed notebooks, and a page of all figures and verdicts, as HTML"""
     from kedit.analysis.report import html
 
-    for path in html(runs_folder() / "report"):
-        _made(path)
+    _made(*html(runs_folder() / "report"))
 
 
 def _tables(args: argparse.Namespace) -> None:
@@ -173,8 +172,7 @@ def _pico(args: argparse.Namespace) -> None:
     """train the pico models anew"""
     from kedit.pico.train import make
 
-    for path in make(args.names):
-        _made(path)
+    _made(*make(args.names))
 
 
 def _number(text: str) -> int | str | None:

@@ -290,38 +290,23 @@ def _size(size: float) -> str:
     return f"{size / GB:,.1f} GB" if size >= GB / 10 else f"{size / 1e6:,.0f} MB"
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one method on one model takes: work of edits, of cells and once, a piece at a time; and bytes on disk."""
+def _works(params: Params, model: str, shape: Shape) -> Iterator[tuple[Method, Cost, tuple[list[Work], ...], int]]:
+    """Each method with its cost, its work (of the edits, of the cells, and once; a piece each) and bytes on disk.
 
-    method: Method
-    cost: Cost
-    edits: list[Work]
-    cells: list[Work]
-    once: list[Work]
-    disk: int
-
-    def seconds(self, machine: Machine) -> list[float]:
-        """Of edits, of cells, and once."""
-        return [sum(map(machine.seconds, works)) for works in (self.edits, self.cells, self.once)]
-
-
-def _rows(params: Params, model: str, shape: Shape) -> Iterator[Row]:
-    """A method a row; the first has the unedited model's cells, and second moments count where first needed."""
+    The first has the unedited model's cells as well, and second moments count where they are first needed.
+    """
     made: set[int] = set()
     edits = max(params.edits) * len(params.orders)
     asking = [benchmark_work(shape, name, params.limit) for name in params.benchmarks]
     for index, (method, layers, cost) in enumerate(_costs(params, model, shape)):
-        cells = [
-            work
-            for count in params.edits[bool(index) :]
-            for work in (reading(shape, SUCCESS * (count or max(params.edits)), PACK), *asking)
-        ]
+        cells = []
+        for count in params.edits[bool(index) :] * len(params.orders):
+            cells += [reading(shape, SUCCESS * (count or max(params.edits)), PACK), *asking]
         trained = not method.hparams and committed(method.method, model).exists()
         ready = trained or (layers and made.issuperset(layers))
         disk = cost.journal_bytes * edits + FLOAT * shape.m**2 * len(set(layers) - made)
         made |= set(layers)
-        yield Row(method, cost, [cost.edit] * edits, cells * len(params.orders), [] if ready else [cost.once], disk)
+        yield method, cost, ([cost.edit] * edits, cells, [] if ready else [cost.once]), disk
 
 
 def _table(params: Params) -> tuple[list[str], dict[str, float], float]:
@@ -332,14 +317,16 @@ def _table(params: Params) -> tuple[list[str], dict[str, float], float]:
             lines.append(f"{model:<36} shape unknown: add it to kedit/study/models.yaml for hours and memory")
             continue
         disk += shape.bytes / 2
-        for row in _rows(params, model, shape):
-            seconds = {name: row.seconds(machine) for name, machine in MACHINES.items()}
-            times = " | ".join(" ".join(f"{_hours(each):>9}" for each in columns) for columns in seconds.values())
-            device, host = memory(shape, row.cost)
-            sizes = (device + generating(shape, params.benchmarks), host, row.disk)
-            lines.append(f"{model:<36} {row.method!s:<14} {times} {' '.join(f'{_size(size):>9}' for size in sizes)}")
-            disk += row.disk
-            total = {name: total[name] + sum(seconds[name]) for name in total}
+        for method, cost, works, more in _works(params, model, shape):
+            times = []
+            for name, machine in MACHINES.items():
+                seconds = [sum(map(machine.seconds, pieces)) for pieces in works]
+                times.append(" ".join(f"{_hours(each):>9}" for each in seconds))
+                total[name] += sum(seconds)
+            device, host = memory(shape, cost)
+            sizes = [f"{_size(size):>9}" for size in (device + generating(shape, params.benchmarks), host, more)]
+            lines.append(f"{model:<36} {method!s:<14} {' | '.join(times)} {' '.join(sizes)}")
+            disk += more
     return lines, total, disk
 
 

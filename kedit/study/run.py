@@ -260,9 +260,9 @@ def run(
 
 def run_and_save(params: Params, workers: int | None = None, scheduler: str | None = None) -> Results:
     """``run`` it, and keep the results and the parameter file in ``runs/<rq>/<name>/``."""
-    params.write()
+    path = params.write()
     results = run(params, workers=workers, scheduler=scheduler)
-    results.save(runs_folder() / params.rq / params.name)
+    results.save(path.parent)
     return results
 
 
