@@ -24,19 +24,7 @@ from kedit.evaluation import benchmarks
 from kedit.evaluation.success import METRICS
 from kedit.study.results import Results
 
-RC = {
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-}
+STYLE = Path(__file__).with_name("figures.mplstyle")
 UNEDITED: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 3))}
 CHANCE: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (1, 2))}
 CROWD = 5
@@ -54,7 +42,7 @@ def _panels(
 ) -> Iterator[tuple[Figure, np.ndarray]]:
     """A figure of lines x columns panels in one style; closed, so that a notebook shows it once, where it is named."""
     size = size or (2.6 * columns, 2.2 * lines)
-    with plt.rc_context(RC):
+    with plt.style.context(STYLE):
         figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", **settings)
         yield figure, axes
     plt.close(figure)

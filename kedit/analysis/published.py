@@ -3,6 +3,7 @@
 Facts read from its tables (kedit/data/README.md says how); ``note`` marks cells that are doubtful, as published.
 """
 
+import re
 from functools import cache
 
 import pandas as pd
@@ -10,22 +11,6 @@ import pandas as pd
 import kedit
 from kedit.evaluation import benchmarks
 from kedit.registry import unknown
-
-MODELS = {
-    "gpt2-xl": "GPT2-XL",
-    "openai-community/gpt2-xl": "GPT2-XL",
-    "meta-llama/Llama-2-7b-hf": "Llama2-7B",
-    "meta-llama/Llama-2-7b-chat-hf": "Llama2-7B-chat",
-    "mistralai/Mistral-7B-v0.1": "Mistral-7B",
-    "mistralai/Mistral-7B-Instruct-v0.1": "Mistral-7B-Instruct",
-    "EleutherAI/pythia-160m": "Pythia-160M",
-    "EleutherAI/pythia-410m": "Pythia-410M",
-    "EleutherAI/pythia-1b": "Pythia-1B",
-    "EleutherAI/pythia-2.8b": "Pythia-2.8B",
-    "EleutherAI/pythia-6.9b": "Pythia-6.9B",
-    "EleutherAI/pythia-12b": "Pythia-12B",
-}
-"""Models as parameter files name them -> as the study's tables do."""
 
 TABLES = {1: "GPT2-XL", 2: "base models", 3: "instruction-tuned models", 4: "Pythia", 5: "safety"}
 COLUMNS = ["table", "model", "method", "edits", "benchmark", "score", "note"]
@@ -37,6 +22,11 @@ def _every() -> pd.DataFrame:
     frame["score"] = frame["score"].astype(float)
     frame["method"] = frame["method"].str.lower()
     return frame[COLUMNS]
+
+
+def _plain(model: str) -> str:
+    """What meta-llama/Llama-2-7b-hf and the tables' Llama2-7B have in common."""
+    return re.sub(r"-hf$|-v0\.1$|\W", "", model.rpartition("/")[-1].lower())
 
 
 def published(model: str, benchmark: str) -> pd.DataFrame:
@@ -54,7 +44,7 @@ def published(model: str, benchmark: str) -> pd.DataFrame:
     if benchmark not in benchmarks.suites()["paper"]:
         return rows[:0]
     name = benchmarks.metadata(benchmark)["benchmark"].partition(" ")[0]  # TruthfulQA MC1
-    return rows[(rows.model == MODELS.get(model)) & (rows.benchmark == name)].reset_index(drop=True)
+    return rows[(rows.model.map(_plain) == _plain(model)) & (rows.benchmark == name)].reset_index(drop=True)
 
 
 def decline(tables: list[int], models: list[str] | None = None) -> pd.DataFrame:
@@ -74,13 +64,13 @@ def decline(tables: list[int], models: list[str] | None = None) -> pd.DataFrame:
     for number in tables:
         if number not in TABLES:
             raise unknown("the study's table", number, map(str, TABLES))
-    for model in models or ():
-        if model not in MODELS:
-            raise unknown("published model", model, MODELS)
     rows = _every()
+    for model in models or ():
+        if _plain(model) not in set(rows.model.map(_plain)):
+            raise unknown("published model", model, rows.model.unique())
     rows = rows[rows.table.isin(tables)]
     if models is not None:
-        rows = rows[rows.model.isin([MODELS[model] for model in models])]
+        rows = rows[rows.model.map(_plain).isin([_plain(model) for model in models])]
     base = rows[rows.method == "none"].set_index(["model", "benchmark"]).score
     edited = rows[rows.method != "none"].copy()
     kept = edited.score / base.reindex(pd.MultiIndex.from_frame(edited[["model", "benchmark"]])).to_numpy()

@@ -29,24 +29,15 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 
 def suite_table() -> pd.DataFrame:
     """The mini suite on the unedited SmolLM2: score, standard error, chance, n, distance from chance."""
+    names = ["benchmark", "stands for", "metric", "unedited", "standard error", "chance", "n", "off chance by (SE)", ""]
     rows = []
     for name, values in unedited(MODEL, "mini").items():
         about = benchmarks.metadata(name)
-        (score, error), distance = _mean(values), off_chance(values, about["chance"])
-        rows.append(
-            {
-                "benchmark": name,
-                "stands for": about["benchmark"],
-                "metric": about["metric"],
-                "unedited": f"{score:.3f}",
-                "standard error": f"{error:.3f}",
-                "chance": f"{about['chance']:.2f}",
-                "n": len(values),
-                "off chance by (SE)": f"{distance:+.1f}",
-                "": "" if abs(distance) >= FLOOR else "floor",
-            }
-        )
-    return pd.DataFrame(rows)
+        distance = off_chance(values, about["chance"])
+        numbers = [f"{number:.3f}" for number in _mean(values)]
+        row = [name, about["benchmark"], about["metric"], *numbers, f"{about['chance']:.2f}", len(values)]
+        rows.append([*row, f"{distance:+.1f}", "" if abs(distance) >= FLOOR else "floor"])
+    return pd.DataFrame(rows, columns=names)
 
 
 def pico_table() -> pd.DataFrame:

@@ -58,16 +58,7 @@ def differences(fresh: Results, committed: Results, tolerance: float = 0.03) -> 
 
 # The report ---------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Should we really edit language models?</title>
-<style>
-body {{ font: 16px/1.5 Georgia, serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }}
-h1, h2 {{ font-weight: normal }} section {{ margin: 3em 0 }} img {{ max-width: 100% }}
-p.verdict {{ white-space: pre-line }}
-</style>
-<h1>Should we really edit language models?</h1>
-{sections}
-</html>
-"""
+PAGE = Path(__file__).with_name("report.html")
 SECTION = """<section><h2><a href="{link}">{title}</a></h2>
 <a href="{link}"><img src="data:image/png;base64,{figure}" alt="{title}"></a>
 <p class="verdict">{verdict}</p></section>
@@ -90,17 +81,13 @@ def html(folder: Path) -> list[Path]:
         title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
         after = next(i for i, cell in enumerate(notebook.cells) if "## Verdict" in cell.source)
         verdict = "".join(output.text for output in notebook.cells[after + 1].outputs)
-        (figure, *_) = [
-            output.data["image/png"]
-            for cell in notebook.cells
-            for output in cell.get("outputs", ())
-            if "image/png" in output.get("data", {})
-        ]
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+        figure = next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {}))
         page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
         made.append(folder / f"{stem}.html")
         write_atomic(made[-1], page.encode())
         sections.append(
             SECTION.format(link=made[-1].name, title=escape(title), figure=figure.strip(), verdict=escape(verdict))
         )
-    write_atomic(folder / "index.html", PAGE.format(sections="".join(sections)).encode())
+    write_atomic(folder / "index.html", PAGE.read_text().replace("SECTIONS", "".join(sections)).encode())
     return [folder / "index.html", *made]

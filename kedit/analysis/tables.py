@@ -123,26 +123,25 @@ def effects_table(found: Sequence[Ability]) -> pd.DataFrame:
     """What became of each ability at the last checkpoint (``inference.effects``)."""
 
     def count(edits: float) -> str:
-        return "-" if math.isnan(edits) else "never" if math.isinf(edits) else f"{edits:.0f}"
+        return "never" if math.isinf(edits) else f"{edits:.0f}"
 
-    rows = [
+    rows = effects(found)
+    off = rows.effect != "floor"
+    point, low, high = (rows[name].map(count) for name in ("collapse", "collapse_low", "collapse_high"))
+    table = pd.DataFrame(
         {
-            "model": row.model,
-            "method": _label(row.method),
-            "benchmark": row.benchmark,
-            "unedited": f"{row.base:.2f}",
-            f"after {row.edits}": f"{row.score:.2f}",
-            "share kept": "-" if row.effect == "floor" else shown(row.kept, row.kept_low, row.kept_high),
-            "p (Holm)": _p(row.p_holm),
-            "effect": row.effect,
-            "collapse": f"{count(row.collapse)} [{count(row.collapse_low)}, {count(row.collapse_high)}]"
-            if row.effect != "floor"
-            else "-",
+            "model": rows.model,
+            "method": rows.method.map(_label),
+            "benchmark": rows.benchmark,
+            "unedited": rows.base.map("{:.2f}".format),
+            f"after {rows.edits.iloc[0]}": rows.score.map("{:.2f}".format),
+            "share kept": _shown(rows, "kept", "kept_low", "kept_high").where(off, "-"),
+            "p (Holm)": rows.p_holm.map(_p),
+            "effect": rows.effect,
+            "collapse": (point + " [" + low + ", " + high + "]").where(off, "-"),
         }
-        for row in effects(found).itertuples()
-    ]
-    table = pd.DataFrame(rows).set_index(["model", "method", "benchmark"])
-    return table if len({ability.model for ability in found}) > 1 else table.droplevel("model")
+    ).set_index(["model", "method", "benchmark"])
+    return table if rows.model.nunique() > 1 else table.droplevel("model")
 
 
 def contrast_table(contrast: pd.DataFrame) -> pd.DataFrame:
