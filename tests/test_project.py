@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
+import torch
 import yaml
 
 import kedit
-from kedit.analysis import tables as report
+from kedit.analysis import report, scores
 from kedit.analysis.questions import QUESTIONS
 from kedit.study.params import Params
 from kedit.study.results import Results
@@ -51,36 +53,22 @@ def test_what_the_package_imports_is_pinned_by_name():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebooks_defaults_are_the_default_parameter_file(path):
-    (rq,) = (rq for rq, notebook in QUESTIONS.items() if notebook == path.stem)
-    cells = json.loads(path.read_text())["cells"]
-    (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())]
-    values: dict = {}
-    exec(source, values)
-    assert values.pop("source") == "committed"
-    values = {key: value for key, value in values.items() if not key.startswith("__")}
-    name = values.pop("name")
-    assert Params.make(rq, name, values) == Params.read(kedit.ROOT / "params" / rq / f"{name}.yaml")
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_committed_with_outputs(path):
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert any("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"])
     assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
 
 
+@pytest.mark.slow
 def test_committed_references_redraw_to_the_committed_table():
     """The table, to the byte, is what the committed cells say."""
-    from kedit.analysis import scores as stats
-
     references = sorted((kedit.ROOT / "figures").glob("*/*/cells.jsonl.gz"))
     assert references
     for cells in references:
         if cells.parent.name == "smoke":
             continue
         params = Params.read(kedit.ROOT / "params" / cells.parent.parent.name / f"{cells.parent.name}.yaml")
-        table = stats.table(Results.load(params, cells.parent))
+        table = scores.table(Results.load(params, cells.parent))
         text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
         assert text == (cells.parent / "table.csv").read_text()
 
@@ -88,10 +76,8 @@ def test_committed_references_redraw_to_the_committed_table():
 def test_no_path_token_or_host_is_committed():
     tracked = subprocess.run(["git", "ls-files"], cwd=kedit.ROOT, capture_output=True, text=True, check=True).stdout
     pattern = re.compile(rb"/(?:home|root|work|tmp|Users)/[A-Za-z0-9._]+/|hf_[A-Za-z0-9]{20,}")
-    for name in tracked.split():
-        path = kedit.ROOT / name
-        if path.exists():
-            assert not pattern.search(path.read_bytes()), name
+    paths = [kedit.ROOT / name for name in tracked.split()]
+    assert not [path.name for path in paths if path.exists() and pattern.search(path.read_bytes())]
 
 
 def without_network() -> list[str]:
@@ -101,6 +87,7 @@ def without_network() -> list[str]:
     return prefix if works else []
 
 
+@pytest.mark.slow
 def test_smoke_runs_without_any_network(tmp_path):
     """The smoke run, model conversion included, and its notebook, with no interface to reach anything by."""
     prefix = without_network()
@@ -108,30 +95,43 @@ def test_smoke_runs_without_any_network(tmp_path):
         pytest.skip("this user may not make a network namespace")
     environment = {"PATH": str(Path(sys.executable).parent) + ":/usr/bin:/bin", "HOME": str(tmp_path)}
     environment |= {"KEDIT_RUNS": str(tmp_path / "runs")}
-    for step in ("run", "notebook"):
-        done = subprocess.run(
-            [*prefix, sys.executable, "-m", "kedit", step, "params/rq1/smoke.yaml"],
-            cwd=kedit.ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    command = [*prefix, sys.executable, "-m", "kedit", "reproduce", "rq1", "smoke"]
+    done = subprocess.run(command, cwd=kedit.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     folder = kedit.ROOT / "figures" / "rq1" / "smoke"
     for name in ("figure.png", "figure.pdf", "table.csv", "cells.jsonl.gz", "manifest.json"):
         assert (folder / name).stat().st_mtime >= (tmp_path / "runs").stat().st_ctime - 3600
         assert str(folder / name).removeprefix(str(kedit.ROOT) + "/") in done.stdout
     edits = Results.load(Params.read(kedit.ROOT / "params/rq1/smoke.yaml"), folder).edits
-    assert [edit["number"] for edit in edits if edit["method"] == "rome"] == [1, 2]
-    assert all(edit["amplification"] < 2 for edit in edits if edit["method"] == "rome")
+    assert [edit.number for edit in edits if edit.method == "rome"] == [1, 2]
+    assert all(edit.info["amplification"] < 2 for edit in edits if edit.method == "rome")
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_question_and_fetches_nothing(tmp_path):
     index, *pages = report.html(tmp_path)
-    assert [page.stem for page in pages] == list(QUESTIONS.values())
+    assert [page.stem for page in pages] == [question.notebook for question in QUESTIONS.values()]
     text = index.read_text()
     for page in pages:
         assert f'href="{page.name}"' in text
         assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", page.read_text())
     assert len(re.findall(r"SUPPORTED|INCONCLUSIVE", text)) >= len(pages) - 1
+
+
+@pytest.mark.slow
+def test_the_five_lines_edit_and_undo_to_the_exact_bits():
+    """Those of the README, which are those of the package's docstring."""
+    (code,) = re.findall(r"## In Python\n\n```python\n(.*?)```", (kedit.ROOT / "README.md").read_text(), re.DOTALL)
+    shown = dedent("\n".join(line for line in kedit.__doc__.splitlines() if line.startswith("    ")))
+    assert ast.unparse(ast.parse(shown)) == ast.unparse(ast.parse(code))
+    names: dict = {}
+    *before, apply, undo = [ast.unparse(statement) for statement in ast.parse(code).body]
+    exec("\n".join(before), names)
+    weights = names["lm"].model.state_dict()
+    old = {name: weight.clone() for name, weight in weights.items()}
+    exec(apply, names)
+    assert [name for name in old if not torch.equal(weights[name], old[name])] == [
+        "model.layers.3.mlp.down_proj.weight"
+    ]
+    exec(undo, names)
+    assert all(torch.equal(weights[name], old[name]) for name in old)
