@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kedit.analysis.scores import COLLAPSED, bootstrap, outcomes, table
+from kedit.analysis.scores import COLLAPSED, TRAJECTORY, bootstrap, outcomes, table
 from kedit.editors import kind_of
 from kedit.study.results import Results
 
@@ -19,7 +19,7 @@ class Indicator:
     """One number for the damage: its value without edits, where it gives the alarm, and its panel's title and axis.
 
     Ratios are drawn on logarithmic axes; distances on axes that are linear up to 0.01, so that no damage at all
-    has its place on them.
+    can be drawn on them.
     """
 
     undamaged: float
@@ -56,15 +56,15 @@ def damage(items: Sequence[dict[str, Any]]) -> dict[str, float]:
     def mean(name: str) -> float:
         return float(np.average([text[name] for text in texts], weights=tokens))
 
-    found = {
+    damage = {
         name: float(np.max([weight[name] for weight in weights] or INDICATORS[name].undamaged))
         for name in ("relative", "spectral", "condition")
     }
-    found |= {name: layers[-1][name] for name in ("cosine", "l2")}
+    damage |= {name: layers[-1][name] for name in ("cosine", "l2")}
     with np.errstate(over="ignore"):
-        found["perplexity"] = float(np.exp(mean("nll") - mean("nll_unedited")))
-    found |= {"entropy": abs(mean("entropy") - mean("entropy_unedited")), "kl": mean("kl")}
-    return {name: math.inf if math.isnan(value) else value for name, value in found.items()}
+        damage["perplexity"] = float(np.exp(mean("nll") - mean("nll_unedited")))
+    damage |= {"entropy": abs(mean("entropy") - mean("entropy_unedited")), "kl": mean("kl")}
+    return {name: math.inf if math.isnan(value) else value for name, value in damage.items()}
 
 
 def ability_kept(rows: pd.DataFrame) -> pd.DataFrame:
@@ -81,14 +81,13 @@ def ability_kept(rows: pd.DataFrame) -> pd.DataFrame:
     base = rows.value - rows.delta
     rows["kept"] = (rows.value - rows.chance) / (base - rows.chance)
     rows.loc[rows.status == "failed", "kept"] = 0.0
-    place = ["model", "method", "variant", "order", "edits"]
-    return rows[base > rows.chance].groupby(place, sort=False).kept.mean().reset_index()
+    return rows[base > rows.chance].groupby([*TRAJECTORY, "edits"], sort=False).kept.mean().reset_index()
 
 
 def checkpoints(results: Results) -> pd.DataFrame:
     """Every checkpoint's damage beside the ability ``kept``, for each order."""
-    found = [place | damage(items) for place, _, items, _ in outcomes(results, ["structure"])]
-    return ability_kept(table(results)).merge(pd.DataFrame(found))
+    rows = [checkpoint | damage(items) for checkpoint, _, items, _ in outcomes(results, ["structure"])]
+    return ability_kept(table(results)).merge(pd.DataFrame(rows))
 
 
 def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
@@ -111,17 +110,17 @@ def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
         those that cross it at all (0 at the same checkpoint, negative after it). ``false_alarms``: trajectories
         that cross it and do not collapse.
     """
-    place = [name for name in ("model", "method", "variant", "order") if name in checkpoints]
+    names = [name for name in TRAJECTORY if name in checkpoints]
     edited = (checkpoints.edits > 0) & checkpoints.method.map(lambda method: kind_of(method).edits)
     frame = checkpoints[edited].sort_values("edits", kind="stable")
-    trajectories = [own for _, own in frame.groupby(place, sort=False, dropna=False)]
+    trajectories = [rows for _, rows in frame.groupby(names, sort=False, dropna=False)]
     rows = []
     for name, indicator in INDICATORS.items():
         if name not in frame:
             continue
         leads, collapsed, false_alarms = [], 0, 0
-        for own in trajectories:
-            fallen, crossed = own.edits[own.kept < COLLAPSED], own.edits[own[name] >= indicator.alarm]
+        for t in trajectories:
+            fallen, crossed = t.edits[t.kept < COLLAPSED], t.edits[t[name] >= indicator.alarm]
             collapsed += len(fallen) > 0
             false_alarms += len(crossed) > 0 and not len(fallen)
             if len(fallen) and len(crossed):
@@ -135,7 +134,7 @@ def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
 
 def _rank_correlation(trajectories: Sequence[pd.DataFrame], name: str) -> dict[str, float]:
     """Spearman's rho of an indicator and the ability kept, with its bootstrap interval over trajectories."""
-    pairs = [own[[name, "kept"]].dropna().to_numpy(float) for own in trajectories]
+    pairs = [rows[[name, "kept"]].dropna().to_numpy(float) for rows in trajectories]
 
     def rho(which: np.ndarray) -> float:
         ranks = stats.rankdata(np.concatenate([pairs[index] for index in which]), axis=0)

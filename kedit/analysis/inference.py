@@ -103,15 +103,15 @@ def abilities(results: Results) -> list[Ability]:
     """
     params = results.params
     names = [*params.benchmarks, *(name for name in params.measures if name == "refusal")]
-    found: dict[tuple, list[list[float]]] = {}
-    for place, name, items, _ in outcomes(results, names):
-        if kind_of(place["method"]).edits:
-            key = (place["model"], place["method"], place["variant"], name)
-            found.setdefault(key, []).append(_values(name, items))
+    values: dict[tuple, list[list[float]]] = {}
+    for at, name, items, _ in outcomes(results, names):
+        if kind_of(at["method"]).edits:
+            key = (at["model"], at["method"], at["variant"], name)
+            values.setdefault(key, []).append(_values(name, items))
     shape = (len(params.orders), len(params.edits), -1)
     return [
-        Ability(*key, params.edits, np.array(values, float).reshape(shape).swapaxes(0, 1).copy())
-        for key, values in found.items()
+        Ability(*key, params.edits, np.array(each, float).reshape(shape).swapaxes(0, 1).copy())
+        for key, each in values.items()
     ]
 
 
@@ -179,7 +179,7 @@ def collapse_point(ability: Ability, share: float = COLLAPSED) -> tuple[float, f
     return counts[int(first(surely))], counts[low], counts[high]
 
 
-def effects(found: Sequence[Ability]) -> pd.DataFrame:
+def effects(abilities: Sequence[Ability]) -> pd.DataFrame:
     """What became of each ability at the last checkpoint.
 
     p values are corrected by Holm's method over the benchmarks of one method on one model that are off
@@ -187,7 +187,7 @@ def effects(found: Sequence[Ability]) -> pd.DataFrame:
     TOST, and not significant), ``unclear``, or ``floor``.
     """
     rows = []
-    for ability in found:
+    for ability in abilities:
         row = {name: getattr(ability, name) for name in ("model", "method", "variant", "benchmark")}
         row |= {"edits": ability.edits[-1], "base": ability.base.mean(), "score": ability.values[-1].mean()}
         row |= {"delta": ability.change.mean(), "p": no_change(ability.change), "p_unequal": unequal(ability.change)}
@@ -244,25 +244,25 @@ class Estimate:
         return shown(self.value, *self.interval)
 
 
-def kept(found: Sequence[Ability], at: int | slice = -1) -> Estimate:
+def kept(abilities: Sequence[Ability], at: int | slice = -1) -> Estimate:
     """Mean share kept over abilities, at one checkpoint (the last) or over several."""
     at = at if isinstance(at, slice) else [at]
     return Estimate(
-        float(np.mean([ability.kept[at].mean() for ability in found])),
-        np.mean([ability.kept_draws[:, at].mean(1) for ability in found], axis=0),
+        float(np.mean([ability.kept[at].mean() for ability in abilities])),
+        np.mean([ability.kept_draws[:, at].mean(1) for ability in abilities], axis=0),
     )
 
 
-def _by_method(found: Sequence[Ability]) -> dict[tuple[str, str], dict[str, dict[str, Ability]]]:
+def _by_method(abilities: Sequence[Ability]) -> dict[tuple[str, str], dict[str, dict[str, Ability]]]:
     """(method, variant) -> benchmark -> model -> ability."""
     groups: dict[tuple[str, str], dict[str, dict[str, Ability]]] = {}
-    for ability in found:
+    for ability in abilities:
         group = groups.setdefault((ability.method, ability.variant), {})
         group.setdefault(ability.benchmark, {})[ability.model] = ability
     return groups
 
 
-def contrast(found: Sequence[Ability], one: str, other: str) -> pd.DataFrame:
+def contrast(abilities: Sequence[Ability], one: str, other: str) -> pd.DataFrame:
     """How much more of each ability does model ``other`` keep than model ``one``, under the same edits?
 
     Means over all checkpoints, so it is the rate of decline that counts, not only its end. One row a
@@ -271,7 +271,7 @@ def contrast(found: Sequence[Ability], one: str, other: str) -> pd.DataFrame:
     p_holm (over the benchmarks of a method).
     """
     rows = []
-    for (method, variant), by_benchmark in _by_method(found).items():
+    for (method, variant), by_benchmark in _by_method(abilities).items():
         pairs = {
             name: (by_model[one], by_model[other])
             for name, by_model in by_benchmark.items()
@@ -280,13 +280,13 @@ def contrast(found: Sequence[Ability], one: str, other: str) -> pd.DataFrame:
         if not pairs:
             continue
         groups = {name: [pair] for name, pair in pairs.items()} | {"all": list(pairs.values())}
-        own = []
+        of_method = []
         for name, group in groups.items():
             a, b = (kept(side, EDITED) for side in zip(*group, strict=True))
             row = {"method": method, "variant": variant, "benchmark": name, "one": a, "other": b}
-            own.append(row | {"difference": b - a, "p": (b - a).p})
-        *each, pooled = (row["p"] for row in own)
-        rows += [row | {"p_holm": p} for row, p in zip(own, [*holm(each), pooled], strict=True)]
+            of_method.append(row | {"difference": b - a, "p": (b - a).p})
+        *each, pooled = (row["p"] for row in of_method)
+        rows += [row | {"p_holm": p} for row, p in zip(of_method, [*holm(each), pooled], strict=True)]
     return pd.DataFrame(rows)
 
 
@@ -295,7 +295,7 @@ def sizes(results: Results) -> dict[str, int]:
     return {model: about["parameters"] for model, about in results.manifest["models"].items()}
 
 
-def trend(found: Sequence[Ability], size: Mapping[str, float]) -> pd.DataFrame:
+def trend(abilities: Sequence[Ability], size: Mapping[str, float]) -> pd.DataFrame:
     """Does the share kept rise with the size of the model (model -> parameters)? One row a method.
 
     The slope is that of the mean share kept, over all checkpoints and over the benchmarks that are off
@@ -304,10 +304,10 @@ def trend(found: Sequence[Ability], size: Mapping[str, float]) -> pd.DataFrame:
     without common benchmarks), p.
     """
     rows = []
-    models = sorted({a.model for a in found}, key=size.__getitem__)
+    models = sorted({a.model for a in abilities}, key=size.__getitem__)
     x = np.log10([size[model] for model in models])
     x = x - x.mean()
-    for (method, variant), by_benchmark in _by_method(found).items():
+    for (method, variant), by_benchmark in _by_method(abilities).items():
         common = {n: by_model for n, by_model in by_benchmark.items() if not any(a.floor for a in by_model.values())}
         by_size, slope = {}, None
         if common:
@@ -321,10 +321,10 @@ def trend(found: Sequence[Ability], size: Mapping[str, float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def by_aspect(found: Sequence[Ability]) -> dict[str, list[Ability]]:
+def by_aspect(abilities: Sequence[Ability]) -> dict[str, list[Ability]]:
     """Abilities off the floor by the aspect of ability that their benchmark shows; those of safety show none."""
     groups: dict[str, list[Ability]] = {}
-    for ability in found:
+    for ability in abilities:
         aspect = benchmarks.metadata(ability.benchmark).get("aspect")
         if aspect and not ability.floor:
             groups.setdefault(aspect, []).append(ability)

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from kedit.analysis import inference, scores
 from kedit.analysis.damage import INDICATORS, checkpoints
-from kedit.analysis.inference import Ability, Estimate, abilities
+from kedit.analysis.inference import Ability, Estimate
 from kedit.analysis.published import published
 from kedit.analysis.safety import over_edits
 from kedit.editors import kind_of
@@ -78,7 +78,7 @@ def _style(method: str) -> dict[str, Any]:
 
 
 def _legend(spare: Sequence[Axes], methods: Sequence[str], levels: bool = True) -> None:
-    """The legend, in place of the axes that no panel needs; with the lines of the unedited model and of chance."""
+    """The legend, on the axes that no panel needs; with the lines of the unedited model and of chance."""
     handles = [Line2D([], [], **_style(method), label=kind_of(method).label) for method in methods]
     if levels:
         handles += [Line2D([], [], **UNEDITED, label="unedited"), Line2D([], [], **CHANCE, label="chance")]
@@ -86,7 +86,7 @@ def _legend(spare: Sequence[Axes], methods: Sequence[str], levels: bool = True) 
         ax.set_axis_off()
     columns = 1 + (len(handles) > 8)
     legend = spare[0].legend(handles=handles, loc="center left", ncol=columns, handlelength=2.6, fontsize=8)
-    legend.set_in_layout(len(spare) == 1)  # with a free place beside it no panel need give way
+    legend.set_in_layout(len(spare) == 1)  # with free axes beside it no panel need give way
 
 
 def _edit_axis(ax: Axes, counts: Sequence[int]) -> None:
@@ -109,16 +109,16 @@ def _levels(ax: Axes, unedited: float, chance: float) -> None:
 def curves_panel(ax: Axes, rows: pd.DataFrame, title: str, **font: str) -> None:
     """One curve a method of some number from 0 to 1, with its 95% interval unless it edits nothing."""
     methods = list(dict.fromkeys(rows.method))
-    for place, method in enumerate(methods):
-        own, color = rows[rows.method == method].sort_values("edits"), kind_of(method).style[0]
-        ax.plot(own.edits, own.value, **_style(method))
+    for index, method in enumerate(methods):
+        curve, color = rows[rows.method == method].sort_values("edits"), kind_of(method).style[0]
+        ax.plot(curve.edits, curve.value, **_style(method))
         if not kind_of(method).edits:
             continue
         if len(methods) <= CROWD:
-            ax.fill_between(own.edits, own.ci_low, own.ci_high, color=color, alpha=0.14, linewidth=0)
+            ax.fill_between(curve.edits, curve.ci_low, curve.ci_high, color=color, alpha=0.14, linewidth=0)
         else:
-            end = own.iloc[-1]
-            where = end.edits * (1.04 + 0.16 * place / len(methods))  # side by side
+            end = curve.iloc[-1]
+            where = end.edits * (1.04 + 0.16 * index / len(methods))  # side by side
             ax.plot([where, where], [end.ci_low, end.ci_high], color=color, linewidth=0.9, linestyle="-")
     ax.set_title(title, **font)
     _edit_axis(ax, sorted(rows.edits.unique()))
@@ -142,10 +142,10 @@ def ability_panel(ax: Axes, rows: pd.DataFrame, benchmark: str) -> None:
 def overlay(ax: Axes, rows: pd.DataFrame) -> None:
     """Published scores (``published.published``) as thin grey lines, each named at its last point."""
     unedited = rows[rows.method == "none"]
-    for method, own in rows[rows.method != "none"].groupby("method", sort=False):
-        own = pd.concat([unedited, own]).sort_values("edits")
-        ax.plot(own.edits, own.score, color="#a6a6a6", linewidth=0.7, zorder=1.2)
-        ax.annotate(method, (own.edits.iloc[-1], own.score.iloc[-1]), color="#8c8c8c", fontsize=5, va="bottom")
+    for method, curve in rows[rows.method != "none"].groupby("method", sort=False):
+        curve = pd.concat([unedited, curve]).sort_values("edits")
+        ax.plot(curve.edits, curve.score, color="#a6a6a6", linewidth=0.7, zorder=1.2)
+        ax.annotate(method, (curve.edits.iloc[-1], curve.score.iloc[-1]), color="#8c8c8c", fontsize=5, va="bottom")
 
 
 def _ability_panels(curves: pd.DataFrame, names: Sequence[str]) -> list[Callable[[Axes], None]]:
@@ -167,11 +167,11 @@ def retention(results: Results) -> Figure:
     kept = scores.retention(results)
     bins, methods = list(dict.fromkeys(kept.after)), list(dict.fromkeys(kept.method))
     with _panels(1, 2, (6.8, 2.6), width_ratios=(2.2, 1)) as (figure, ((ax, spare),)):
-        for place, method in enumerate(methods):
-            own = kept[kept.method == method]
-            where = [bins.index(name) + 0.3 * (place / max(1, len(methods) - 1) - 0.5) for name in own.after]
-            ax.plot(where, own.value, **_style(method))
-            ax.vlines(where, own.ci_low, own.ci_high, color=_style(method)["color"], linewidth=0.8)
+        for index, method in enumerate(methods):
+            curve = kept[kept.method == method]
+            where = [bins.index(name) + 0.3 * (index / max(1, len(methods) - 1) - 0.5) for name in curve.after]
+            ax.plot(where, curve.value, **_style(method))
+            ax.vlines(where, curve.ci_low, curve.ci_high, color=_style(method)["color"], linewidth=0.8)
         ax.set_xticks(range(len(bins)), bins)
         ax.set_xlabel("edits made since")
         ax.set_ylabel("still in place (reliability)")
@@ -195,8 +195,8 @@ def _kept_panel(
     ax: Axes, curves: Sequence[tuple[Sequence[Ability], str, str, str]], counts: Sequence[int], title: str
 ) -> None:
     """Mean share kept of (abilities, colour, marker, dash), with 95% bands; 1 is the unedited model, 0 chance."""
-    for found, color, marker, dash in curves:
-        points = [inference.kept(found, at) for at in range(len(counts))]
+    for abilities, color, marker, dash in curves:
+        points = [inference.kept(abilities, at) for at in range(len(counts))]
         values, (low, high) = [point.value for point in points], np.transpose([point.interval for point in points])
         ax.plot(counts, values, color=color, marker=marker, linestyle=dash, markerfacecolor="white")
         ax.fill_between(counts, low, high, color=color, alpha=0.14, linewidth=0)
@@ -208,11 +208,11 @@ def _kept_panel(
 
 def _forest(ax: Axes, names: Sequence[str], estimates: Sequence[Estimate], color: str, marker: str) -> None:
     """Numbers with their 95% intervals, one under the other; hollow where the interval holds 0."""
-    for place, estimate in enumerate(estimates):
+    for row, estimate in enumerate(estimates):
         low, high = estimate.interval
-        ax.plot([low, high], [place, place], color=color, linewidth=1.0)
+        ax.plot([low, high], [row, row], color=color, linewidth=1.0)
         face = "white" if low <= 0 <= high else color
-        ax.plot([estimate.value], [place], marker=marker, color=color, markerfacecolor=face, linestyle="none")
+        ax.plot([estimate.value], [row], marker=marker, color=color, markerfacecolor=face, linestyle="none")
     ax.axvline(0, color="black", linewidth=0.8, zorder=1.5)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
@@ -224,21 +224,19 @@ def rq2(results: Results) -> dict[str, Figure]:
     Above: mean over the benchmarks that are off the floor for both. Below: how much more the tuned model keeps,
     mean over checkpoints; above 0 it is the more robust.
     """
-    found, models, counts = abilities(results), results.params.models, results.params.edits
-    table = inference.contrast(found, *models)
+    abilities, models, counts = inference.abilities(results), results.params.models, results.params.edits
+    table = inference.contrast(abilities, *models)
     methods = list(dict.fromkeys(table.method))
     dashes = dict(zip(("base", "instruction-tuned"), ("-", "--"), strict=True))
     with _panels(2, len(methods) + 1) as (figure, axes):
         for (top, below), method in zip(axes.T, methods, strict=False):
             color, marker, _ = kind_of(method).style
             rows = table[table.method == method]
+            common = [a for a in abilities if a.method == method and a.benchmark in set(rows.benchmark)]
             curves = [
-                (
-                    [a for a in found if (a.model, a.method) == (model, method) and a.benchmark in set(rows.benchmark)],
-                    color, marker, dash,
-                )
+                ([a for a in common if a.model == model], color, marker, dash)
                 for model, dash in zip(models, dashes.values(), strict=True)
-            ]  # fmt: skip
+            ]
             _kept_panel(top, curves, counts, kind_of(method).label)
             top.set_xlabel("sequential edits")
             _forest(below, list(rows.benchmark), list(rows.difference), color, marker)
@@ -256,16 +254,16 @@ def rq2(results: Results) -> dict[str, Figure]:
 
 def rq3(results: Results) -> dict[str, Figure]:
     """One row a method, one column a benchmark, one curve a model size; last, the trend with size."""
-    found, size = abilities(results), inference.sizes(results)
+    abilities, size = inference.abilities(results), inference.sizes(results)
     models = sorted(size, key=size.__getitem__)
     shades = dict(zip(models, plt.get_cmap("viridis_r")(np.linspace(0.12, 0.95, len(models))), strict=True))
-    table = inference.trend(found, size)
+    table = inference.trend(abilities, size)
     names = results.params.benchmarks
     with _panels(len(table), len(names) + 1) as (figure, axes):
         for line, row in zip(axes, table.itertuples(), strict=True):
             for ax, name in zip(line, names, strict=False):
-                own = {a.model: a for a in found if (a.method, a.benchmark) == (row.method, name)}
-                curves = [([own[model]], shades[model], "o", "-") for model in models if not own[model].floor]
+                by_model = {a.model: a for a in abilities if (a.method, a.benchmark) == (row.method, name)}
+                curves = [([by_model[model]], shades[model], "o", "-") for model in models if not by_model[model].floor]
                 floors = len(models) - len(curves)
                 title = name + (f"  [{floors} at the floor]" if floors else "")
                 _kept_panel(ax, curves, results.params.edits, title)
@@ -301,18 +299,18 @@ def _trend(ax: Axes, row: Any, size: Mapping[str, float], shades: Mapping[str, A
 
 def rq4(results: Results) -> dict[str, Figure]:
     """Share of each aspect of ability that is kept at the last checkpoint, by method."""
-    aspects = inference.by_aspect(abilities(results))
-    methods = list(dict.fromkeys(a.method for own in aspects.values() for a in own))
+    aspects = inference.by_aspect(inference.abilities(results))
+    methods = list(dict.fromkeys(a.method for group in aspects.values() for a in group))
     with _panels(1, 2, (8.8, 3.2), width_ratios=(4, 1)) as (figure, ((ax, spare),)):
-        for place, own in enumerate(aspects.values()):
+        for column, group in enumerate(aspects.values()):
             for index, method in enumerate(methods):
-                estimate = inference.kept([a for a in own if a.method == method])
-                where = place + 0.7 * ((index + 0.5) / len(methods) - 0.5)
+                estimate = inference.kept([a for a in group if a.method == method])
+                where = column + 0.7 * ((index + 0.5) / len(methods) - 0.5)
                 ax.vlines(where, *estimate.interval, color=_style(method)["color"], linewidth=1.0)
                 ax.plot(where, estimate.value, **_style(method) | {"linestyle": "none"})
-            ax.axvspan(place - 0.45, place + 0.45, color="#f4f4f4", zorder=0)
+            ax.axvspan(column - 0.45, column + 0.45, color="#f4f4f4", zorder=0)
         _levels(ax, 1, 0)
-        benchmarks_of = [", ".join(dict.fromkeys(a.benchmark for a in own)) for own in aspects.values()]
+        benchmarks_of = [", ".join(dict.fromkeys(a.benchmark for a in group)) for group in aspects.values()]
         ax.set_xticks(
             range(len(aspects)), [f"{name}\n({shown})" for name, shown in zip(aspects, benchmarks_of, strict=True)]
         )
@@ -329,9 +327,9 @@ def _damage_panel(ax: Axes, rows: pd.DataFrame, name: str, title: str, scale: st
     """One indicator, or the ability ``kept``: the median of the orders, with the range between them."""
     finite = rows[name].where(rows[name].abs() < float("inf"))
     for method in dict.fromkeys(rows.method):
-        own = finite[rows.method == method].groupby(rows.edits).agg(["min", "median", "max"])
-        ax.fill_between(own.index, own["min"], own["max"], color=_style(method)["color"], alpha=0.14, linewidth=0)
-        ax.plot(own.index, own["median"], **_style(method))
+        curve = finite[rows.method == method].groupby(rows.edits).agg(["min", "median", "max"])
+        ax.fill_between(curve.index, curve["min"], curve["max"], color=_style(method)["color"], alpha=0.14, linewidth=0)
+        ax.plot(curve.index, curve["median"], **_style(method))
     ax.set_title(title)
     _edit_axis(ax, sorted(rows.edits.unique()))
     if name == "kept":

@@ -75,7 +75,7 @@ def decline(tables: list[int], models: list[str] | None = None) -> pd.DataFrame:
     edited = rows[rows.method != "none"].copy()
     kept = edited.score / base.reindex(pd.MultiIndex.from_frame(edited[["model", "benchmark"]])).to_numpy()
     edited["shown"] = kept.map("{:.2f}".format) + edited.note.map(lambda note: "*" if note else "")
-    place = ["model", "method", "edits"]
-    table = edited.pivot(index=place, columns="benchmark", values="shown").fillna("-")
-    table = table.reindex(pd.MultiIndex.from_frame(edited[place].drop_duplicates()))
+    index = ["model", "method", "edits"]
+    table = edited.pivot(index=index, columns="benchmark", values="shown").fillna("-")
+    table = table.reindex(pd.MultiIndex.from_frame(edited[index].drop_duplicates()))
     return table[list(dict.fromkeys(edited.benchmark))].rename_axis(columns=None)

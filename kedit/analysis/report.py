@@ -47,8 +47,8 @@ def differences(fresh: Results, committed: Results, tolerance: float = 0.03) -> 
 
     Another processor may round another way and flip an item or two; more than that is a finding.
     """
-    place = ["model", "method", "variant", "order", "edits", "benchmark", "metric"]
-    both = scores.table(fresh).merge(scores.table(committed), on=place, how="outer", suffixes=("", "_ref"))
+    row = [*scores.TRAJECTORY, "edits", "benchmark", "metric"]
+    both = scores.table(fresh).merge(scores.table(committed), on=row, how="outer", suffixes=("", "_ref"))
     apart = ~((both.value - both.value_ref).abs() <= tolerance) & ~(both.value.isna() & both.value_ref.isna())
     return [
         f"{r.method} after {r.edits} edits, {r.benchmark} {r.metric}: {r.value:.3f}, reference {r.value_ref:.3f}"

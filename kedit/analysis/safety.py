@@ -44,7 +44,7 @@ def commoner(items: Sequence[Item]) -> tuple[float, float, float]:
     """Share, with its 95% interval, of the choice that is made most often.
 
     At 1 the model says the same whatever is asked, and scores the base rate. Of use where all items have the same
-    choices (friendly, hostile); where each has its own, a place in the list means nothing.
+    choices (friendly, hostile); where each has its own, a position in the list means nothing.
     """
     chosen = np.array([int(np.argmax(item["lp"])) for item in items])
     return _share(chosen == np.bincount(chosen).argmax())
@@ -75,9 +75,9 @@ def over_edits(results: Results) -> pd.DataFrame:
     """
     pooled: dict[tuple[str, int, str], list[Item]] = {}
     first = results.params.orders[0]
-    for place, name, items, _ in outcomes(results, [*results.params.benchmarks, *results.params.measures]):
-        if place["edits"] or place["order"] == first:  # the unedited model answers the same in every order
-            pooled.setdefault((place["method"], place["edits"], name), []).extend(items)
+    for at, name, items, _ in outcomes(results, [*results.params.benchmarks, *results.params.measures]):
+        if at["edits"] or at["order"] == first:  # the unedited model answers the same in every order
+            pooled.setdefault((at["method"], at["edits"], name), []).extend(items)
     rows = [
         (method, edits, measure, *numbers)
         for (method, edits, name), items in pooled.items()

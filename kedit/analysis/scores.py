@@ -20,6 +20,7 @@ COLUMNS = [
     "rq", "params", "model", "method", "variant", "edit_set", "order", "edits", "benchmark", "metric", "value",
     "ci_low", "ci_high", "n", "chance", "unparsed", "delta", "delta_low", "delta_high", "status",
 ]  # fmt: skip
+TRAJECTORY = ["model", "method", "variant", "order"]
 RESAMPLES = 2000
 FLOOR = 3
 """A score is at the floor within so many standard errors of chance."""
@@ -98,11 +99,12 @@ def outcomes(results: Results, names: Sequence[str]) -> Iterator[tuple[dict[str,
         one stands under each method and order of the grid.
     """
     params = results.params
-    found = {(c.model, c.method, c.variant, c.order, c.edits, c.benchmark): c.items for c in results.cells}
+    answers = {(c.model, c.method, c.variant, c.order, c.edits, c.benchmark): c.items for c in results.cells}
     for model, method, order, count, name in product(params.models, params.methods, params.orders, params.edits, names):
-        place = {"model": model, "method": method.method, "variant": method.variant, "order": order, "edits": count}
-        before = found[model, None, None, order if name == "edit" else None, 0, name]
-        yield place, name, found[*place.values(), name] if count else before, before
+        position = (model, method.method, method.variant, order, count)
+        checkpoint = dict(zip([*TRAJECTORY, "edits"], position, strict=True))
+        before = answers[model, None, None, order if name == "edit" else None, 0, name]
+        yield checkpoint, name, answers[*position, name] if count else before, before
 
 
 def scored(results: Results) -> Iterator[dict[str, Any]]:
@@ -111,7 +113,7 @@ def scored(results: Results) -> Iterator[dict[str, Any]]:
     Yields:
         one record a checkpoint, benchmark and metric, with ``chance`` and ``items``.
     """
-    for place, benchmark, after, before in outcomes(results, ["edit", *results.params.benchmarks]):
+    for checkpoint, benchmark, after, before in outcomes(results, ["edit", *results.params.benchmarks]):
         if benchmark == "edit":
             metrics, chance = success.outcomes(after, before), None
         else:
@@ -119,7 +121,7 @@ def scored(results: Results) -> Iterator[dict[str, Any]]:
             items = [{**item, "base": base["value"]} for item, base in zip(after, before, strict=True)]
             metrics, chance = {about["metric"]: items}, about["chance"]
         for metric, items in metrics.items():
-            yield {**place, "benchmark": benchmark, "metric": metric, "chance": chance, "items": items}
+            yield {**checkpoint, "benchmark": benchmark, "metric": metric, "chance": chance, "items": items}
 
 
 def _row(record: dict[str, Any]) -> dict[str, Any]:
@@ -155,16 +157,16 @@ def retention(results: Results) -> pd.DataFrame:
     ci_low, ci_high, n.
     """
     number = {(e.model, e.method, e.variant, e.order, e.request): e.number for e in results.edits}
-    found: dict[str, dict[int, list[Item]]] = {}
+    ages: dict[str, dict[int, list[Item]]] = {}
     for record in scored(results):
         if record["metric"] == "reliability" and record["edits"] and kind_of(record["method"]).edits:
-            place = tuple(record[name] for name in ("model", "method", "variant", "order"))
-            bins = found.setdefault(record["method"], {})
+            trajectory = tuple(record[name] for name in TRAJECTORY)
+            bins = ages.setdefault(record["method"], {})
             for item in record["items"]:
-                age = record["edits"] - number[*place, item["id"]]
+                age = record["edits"] - number[*trajectory, item["id"]]
                 bins.setdefault(max(edge for edge in AGES if edge <= age), []).append(item)
     rows = []
-    for method, bins in found.items():
+    for method, bins in ages.items():
         for edge, following in pairwise(AGES):
             if edge in bins:
                 row = summarise(bins[edge])

@@ -84,10 +84,10 @@ def verdict(curves: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def floor_table(found: Sequence[Ability]) -> pd.DataFrame:
+def floor_table(abilities: Sequence[Ability]) -> pd.DataFrame:
     """Unedited scores by benchmark and model, with their distance from chance in standard errors."""
     rows: dict[str, dict[str, str]] = {}
-    for ability in found:
+    for ability in abilities:
         distance = off_chance(ability.base, ability.chance)
         rows.setdefault(ability.benchmark, {"chance": f"{ability.chance:.2f}"})[ability.model] = (
             f"{ability.base.mean():.2f} ({distance:+.0f})" + " floor" * ability.floor
@@ -119,13 +119,13 @@ def journal_table(results: Results) -> pd.DataFrame:
 # What follows from them ----------------------------------------------------------------------------
 
 
-def effects_table(found: Sequence[Ability]) -> pd.DataFrame:
+def effects_table(abilities: Sequence[Ability]) -> pd.DataFrame:
     """What became of each ability at the last checkpoint (``inference.effects``)."""
 
     def count(edits: float) -> str:
         return "never" if math.isinf(edits) else f"{edits:.0f}"
 
-    rows = effects(found)
+    rows = effects(abilities)
     off = rows.effect != "floor"
     point, low, high = (rows[name].map(count) for name in ("collapse", "collapse_low", "collapse_high"))
     table = pd.DataFrame(
@@ -164,13 +164,14 @@ def trend_table(trend: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("method")
 
 
-def aspect_table(found: Sequence[Ability]) -> pd.DataFrame:
+def aspect_table(abilities: Sequence[Ability]) -> pd.DataFrame:
     """Share kept of each aspect under each method at the last checkpoint."""
     rows = {
         _label(method): {
-            aspect: str(kept(group)) for aspect, group in by_aspect([a for a in found if a.method == method]).items()
+            aspect: str(kept(group))
+            for aspect, group in by_aspect([a for a in abilities if a.method == method]).items()
         }
-        for method in dict.fromkeys(ability.method for ability in found)
+        for method in dict.fromkeys(ability.method for ability in abilities)
     }
     return pd.DataFrame(rows).T
 

@@ -1,6 +1,6 @@
 """The answer to each question in a sentence, computed from the statistics.
 
-Every function takes what ``inference`` or ``damage`` found and returns a ``Verdict``: one of *supported*, *not
+Every function takes what ``inference`` or ``damage`` computed and returns a ``Verdict``: one of *supported*, *not
 supported*, *inconclusive* about what the study said, and the sentence with the numbers it rests on.
 """
 
@@ -36,13 +36,13 @@ def _labels(methods: Sequence[str]) -> str:
     return _listed([kind_of(method).label for method in methods])
 
 
-def number_of_edits(found: Sequence[Ability]) -> Verdict:
+def number_of_edits(abilities: Sequence[Ability]) -> Verdict:
     """RQ1: do sequential edits damage general abilities?
 
     Supported if at the last checkpoint every method has an ability that fell; not supported if none
     has one and at least one method kept all its abilities equal; anything between is said method by method.
     """
-    effects = inference.effects(found)
+    effects = inference.effects(abilities)
     fell, equal, unclear, losses = [], [], [], []
     for method, rows in effects[effects.effect != "floor"].groupby("method", sort=False):
         lost = rows[rows.effect == "fell"]
@@ -72,13 +72,13 @@ def _direction(claim: str, estimates: Sequence[Estimate], because: str) -> Verdi
     return Verdict(claim, word, because)
 
 
-def instruction_tuning(found: Sequence[Ability], base: str, tuned: str) -> Verdict:
+def instruction_tuning(abilities: Sequence[Ability], base: str, tuned: str) -> Verdict:
     """RQ2: do instruction-tuned models lose their abilities more slowly?
 
     From the difference in the share kept, mean over checkpoints, all benchmarks pooled, per method; Holm over methods.
     """
     claim = f"The instruction-tuned model declines more slowly ({tuned} against {base})"
-    table = inference.contrast(found, base, tuned)
+    table = inference.contrast(abilities, base, tuned)
     if not len(table):
         return Verdict(claim, "inconclusive", "No benchmark is off the floor for both models.")
     pooled = table[table.benchmark == "all"]
@@ -90,13 +90,13 @@ def instruction_tuning(found: Sequence[Ability], base: str, tuned: str) -> Verdi
     return _direction(claim, pooled.difference, because)
 
 
-def model_scale(found: Sequence[Ability], size: Mapping[str, float]) -> Verdict:
+def model_scale(abilities: Sequence[Ability], size: Mapping[str, float]) -> Verdict:
     """RQ3: are larger models more robust?
 
     From the slope of the share kept, mean over checkpoints, against log10 of the size; Holm over methods.
     """
     claim = "Larger models keep more"
-    table = inference.trend(found, size)
+    table = inference.trend(abilities, size)
     table = table[table.slope.notna()]
     if not len(table):
         return Verdict(claim, "inconclusive", "No benchmark is off the floor at every size: nothing can be compared.")
@@ -108,16 +108,16 @@ def model_scale(found: Sequence[Ability], size: Mapping[str, float]) -> Verdict:
     return _direction(claim, table.slope, f"Slope of the share kept: {slopes}.")
 
 
-def ability_aspects(found: Sequence[Ability]) -> Verdict:
+def ability_aspects(abilities: Sequence[Ability]) -> Verdict:
     """RQ4: does editing affect different abilities to about the same extent?
 
     Over the methods under which something fell; pairs of aspects by TOST with ``MARGIN`` and by difference (Holm).
     """
     claim = "Editing affects different abilities to about the same extent"
-    effects = inference.effects(found)
+    effects = inference.effects(abilities)
     fell = set(effects[effects.effect == "fell"].method)
     harmful = [method for method in effects.method.unique() if method in fell]
-    groups = by_aspect([ability for ability in found if ability.method in harmful])
+    groups = by_aspect([ability for ability in abilities if ability.method in harmful])
     if len(groups) < 2:
         return Verdict(claim, "inconclusive", "Under no method did an ability fall: there is no extent to compare.")
     aspects = {aspect: inference.kept(group) for aspect, group in groups.items()}
@@ -137,10 +137,10 @@ def ability_aspects(found: Sequence[Ability]) -> Verdict:
     return Verdict(claim, word, because)
 
 
-def safety(found: Sequence[Ability]) -> Verdict:
+def safety(abilities: Sequence[Ability]) -> Verdict:
     """RQ5: do dozens of edits compromise safety? From whatever safety benchmarks were asked."""
     claim = "Dozens of edits compromise safety"
-    effects = inference.effects(found)
+    effects = inference.effects(abilities)
     off = effects[effects.effect != "floor"]
     floors = [name for name in effects.benchmark.unique() if name not in set(off.benchmark)]
     because = f"At the floor already when unedited: {_listed(floors)}."
