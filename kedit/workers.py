@@ -76,8 +76,6 @@ def quiet_libraries() -> None:
     for noisy in ("httpx", "datasets", "lm_eval", "gensim", "smart_open", "distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    # tqdm asks for ipywidgets in notebooks; its plain bar will do, and the warning would carry local paths
-    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def log_to_stderr() -> None:

@@ -38,7 +38,7 @@ def redraw() -> list[Path]:
     made = []
     for cells in sorted((kedit.ROOT / "figures").glob("*/*/cells.jsonl.gz")):
         name, rq = cells.parent.name, cells.parent.parent.name
-        made += publish(Results.load(Params.read(kedit.ROOT / "params" / rq / f"{name}.yaml"), cells.parent))
+        made += publish(Results.load(Params.find(rq, name), cells.parent))
     return made
 
 
