@@ -133,7 +133,8 @@ class Idle(Editor):
 
 
 @pytest.mark.parametrize(
-    ("kind", "promise"), [(Reckless, "undo to the bit"), (Forgetful, "where a run goes on"), (Idle, "change something")]
+    ("kind", "promise"),
+    [(Reckless, "undone to the bit"), (Forgetful, "prepares on the unedited"), (Idle, "changes something")],
 )
 def test_an_editor_that_breaks_a_promise_is_told_which(kind, promise):
     with pytest.raises(AssertionError, match=promise):

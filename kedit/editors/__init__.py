@@ -7,7 +7,7 @@ package adds an entry point of the group ``kedit.editors``), and give it hyper-p
 ``params/methods/<name>.yaml``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache
@@ -17,7 +17,7 @@ import yaml
 
 import kedit
 from kedit import KeditError
-from kedit.editors.protocol import Editor
+from kedit.editors.protocol import Contexts, Editor
 from kedit.editors.second_moments import SecondMoments
 from kedit.model.lm import LM
 from kedit.registry import load_object, registered, remedy, unknown
@@ -56,42 +56,25 @@ def kind_of(name: str) -> type[Editor]:
     return load_object(editors[name])
 
 
-def hparams_of(method: str, model: str) -> dict[str, Any]:
-    """The block of ``params/methods/<method>.yaml`` for a model; nothing where there is no such file.
-
-    Raises:
-        KeditError: the file has no block that lists the model.
-    """
-    path = kedit.ROOT / "params" / "methods" / f"{method}.yaml"
-    if not path.exists():
-        return {}
-    for block in yaml.safe_load(path.read_text())["blocks"]:
-        if model in block["models"]:
-            return block["hparams"]
-    raise KeditError(
-        f"params/methods/{method}.yaml has no block for model {model!r}; add one, or pass hparams=... yourself."
-    )
-
-
 def make_hparams(kind: type[Editor], model: str, given: Mapping[str, Any] | None = None) -> Any:
-    """A method's hyper-parameters for a model: those of its file, single values replaced by ``given``.
+    """A method's hyper-parameters for a model: those of ``params/methods``, single values replaced by ``given``.
 
-    For a model that the file does not know, ``given`` must be complete.
+    For a model that the method's file does not know, ``given`` must be complete.
 
     Raises:
         KeditError: no block for the model, unknown or missing key.
     """
-    try:
-        values = hparams_of(kind.name, model)
-    except KeditError:
-        if not given:
-            raise
-        values = {}
-    values, names = {**values, **(given or {})}, [field.name for field in fields(kind.Hparams)]
-    for key in values:
-        if key not in names:
-            hint = remedy(get_close_matches(key, names, 1), names)
-            raise KeditError(f"hyper-parameters of {kind.name}: unknown key {key!r}; {hint}")
+    path = kedit.ROOT / "params" / "methods" / f"{kind.name}.yaml"
+    blocks = yaml.safe_load(path.read_text())["blocks"] if path.exists() else []
+    values = next((block["hparams"] for block in blocks if model in block["models"]), None)
+    if values is None and blocks and not given:
+        raise KeditError(
+            f"params/methods/{path.name} has no block for model {model!r}; add one, or pass hparams=... yourself."
+        )
+    values, names = {**(values or {}), **(given or {})}, [field.name for field in fields(kind.Hparams)]
+    for key in sorted(values.keys() - names):
+        hint = remedy(get_close_matches(key, names, 1), names)
+        raise KeditError(f"hyper-parameters of {kind.name}: unknown key {key!r}; {hint}")
     try:
         return kind.Hparams(**values)
     except TypeError as error:
@@ -99,13 +82,9 @@ def make_hparams(kind: type[Editor], model: str, given: Mapping[str, Any] | None
 
 
 def editor(
-    name: str,
-    lm: LM,
-    *,
-    hparams: Mapping[str, Any] | None = None,
-    statistics: SecondMoments | None = None,
-    contexts: Sequence[str] | None = None,
-) -> Editor:
+    name: str, lm: LM, *, hparams: Mapping[str, Any] | None = None, statistics: SecondMoments | None = None,
+    contexts: Contexts = None,
+) -> Editor:  # fmt: skip
     """An editor by name; whatever is not passed in comes from ``params/methods/<name>.yaml``.
 
     Raises:

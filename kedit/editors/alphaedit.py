@@ -54,7 +54,8 @@ class KeyMemory(Memory):
         empty = basis.new_zeros(basis.shape[1], 0), basis.new_zeros(0, 0)
         keys, factor = self._grown.get(position, empty)
         for entry in self.entries[keys.shape[1] :]:
-            keys, factor = grow(keys, factor, basis.T @ entry["keys"][position].to(basis), l2)
+            key = entry["keys"][position].to(basis, copy=True)  # as in SecondMoments: a replayed edit's bits are the same
+            keys, factor = grow(keys, factor, basis.T @ key, l2)
         self._grown[position] = keys, factor
         return keys, factor
 

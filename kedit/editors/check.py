@@ -17,45 +17,27 @@ from kedit.editors.second_moments import SecondMoments
 from kedit.model.journal import Edit, EditFailed
 from kedit.model.lm import LM
 
-WIDTH, INNER, LAYERS = 32, 48, 4
-SHAPE = Shape(WIDTH, LAYERS, INNER, 3, WIDTH, 257, 50_000, 512)
+TINY = Shape(d=32, layers=4, m=48, mlp=3, kv=32, vocabulary=257, parameters=43_000, window=2048)
 
 
 def tiny_model() -> LM:
     """A random Llama of four blocks that reads bytes."""
     symbols = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bpe = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    config = LlamaConfig(
-        vocab_size=len(symbols), hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
-        num_attention_heads=4, initializer_range=0.3, max_position_embeddings=SHAPE.window,
-    )  # fmt: skip
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    shape = {"hidden_size": TINY.d, "intermediate_size": TINY.m, "num_hidden_layers": TINY.layers}
+    config = LlamaConfig(vocab_size=len(symbols), num_attention_heads=4, initializer_range=0.3, **shape)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    return LM(model, PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=symbols[0]), "tiny")
+        return LM(LlamaForCausalLM(config), PreTrainedTokenizerFast(tokenizer_object=bpe), "tiny")
 
 
 def _state(lm: LM) -> dict[str, Any]:
     """Every bit of the weights and of the memories."""
-    entries = {f"memory {name}": list(memory.entries) for name, memory in lm.memories.items()}
-    return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()} | entries
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return one == other
-
-
-def _require(held: bool, promise: str) -> None:
-    if not held:
-        raise AssertionError(f"an editor must {promise}")
+    memories = {
+        name: json.dumps(memory.entries, default=Tensor.tolist, sort_keys=True) for name, memory in lm.memories.items()
+    }
+    return {name: tensor.numpy().tobytes() for name, tensor in lm.model.state_dict().items()} | memories
 
 
 def check_editor(kind: str | type[Editor], hparams: Mapping[str, Any] | None = None) -> None:
@@ -71,40 +53,37 @@ def check_editor(kind: str | type[Editor], hparams: Mapping[str, Any] | None = N
     kind = kind_of(kind) if isinstance(kind, str) else kind
     lm = tiny_model()
     given = make_hparams(kind, lm.name, hparams)
-    keys = torch.randn(LAYERS, 400, INNER, generator=torch.Generator().manual_seed(1))
+    keys = torch.randn(TINY.layers, 400, TINY.m, generator=torch.Generator().manual_seed(1))
     moments = SecondMoments(lm, moments={layer: some.T @ some / 400 for layer, some in enumerate(keys)})
-    _require(isinstance(kind.label, str) and len(kind.style) == 3, "have a label, and a style of three")
-    _require(isinstance(kind.cost(SHAPE, given, 1000), Cost), "know its cost")
-    recipe = kind.recipe(given, moments.key)
-    _require(json.loads(json.dumps(recipe))["method"] == kind.name, "have a recipe that JSON can hold")
+    assert isinstance(kind.label, str), "an editor has a label"
+    assert len(kind.style) == 3, "an editor's style is a colour, a marker and a dash"
+    assert isinstance(kind.cost(TINY, given, tokens=1000), Cost), "an editor knows its cost"
+    editor, recipe = kind(lm, given, moments), kind.recipe(given, moments.key)
+    assert json.loads(json.dumps(recipe))["method"] == kind.name, "an editor's recipe is plain and names the method"
+    assert editor.key() == recipe, "an editor's key is its recipe"
 
-    editor = kind(lm, given, moments)
-    _require(editor.key() == recipe, "have its recipe as key")
-    states, saved, infos = [_state(lm)], [], []
+    states, saved = [_state(lm)], []
     for subject in ("France", "Peru", "Spain"):
-        request = EditRequest(
-            "The capital of {} is", subject, "Rome", "Paris", id=subject,
-            paraphrases=(f"{subject} has the capital",), neighbours=(("The capital of Italy is", "Rome"),),
-        )  # fmt: skip
+        request = EditRequest("The capital of {} is", subject, "Rome", "Paris", ("It has",), (("Italy", "Rome"),))
         try:
             edit = editor.apply(request)
         except EditFailed:
-            _require(_same(_state(lm), states[-1]), "leave the model alone where it fails")
-            edit = Edit(kind.name, subject, info={"failed": True})
+            assert _state(lm) == states[-1], "an edit that fails leaves the model alone"
+            edit = Edit(kind.name, request.id, info={"failed": True})
             lm.journal.replay(edit)
-        changed = not _same(_state(lm), states[-1])
-        _require(changed == (kind.edits and not {"failed", "skipped"} & set(edit.info)), "change something, or say why")
-        states, saved, infos = [*states, _state(lm)], [*saved, edit.to_bytes()], [*infos, edit.info]
-    lm.journal.edits[-1].undo()
-    _require(_same(_state(lm), states[-2]), "undo to the bit")
+        idle = not kind.edits or {"failed", "skipped"} & edit.info.keys()
+        states, saved = [*states, _state(lm)], [*saved, edit.to_bytes()]
+        assert (states[-1] == states[-2]) == bool(idle), "an edit changes something, or says why not"
+    edit.undo()
+    assert _state(lm) == states[-2], "an edit is undone to the bit"
     lm.journal.reset()
-    _require(_same(_state(lm), states[0]), "undo everything to the bit")
+    assert _state(lm) == states[0], "all edits are undone to the bit"
 
-    editor = kind(lm, given, moments)  # a second process, which goes on where the first was
+    editor = kind(lm, given, moments)  # as in a second process, which goes on where the first was
     for data, state in zip(saved[:-1], states[1:], strict=False):
         lm.journal.replay(Edit.from_bytes(data))
-        _require(_same(_state(lm), state), "replay a saved edit to the bit")
-    if "failed" not in infos[-1]:
-        again = editor.apply(request)
-        _require(_same(_state(lm), states[-1]), "make the same edit where a run goes on: prepare on the unedited model")
-        _require({**again.info, "seconds": 0} == {**infos[-1], "seconds": 0}, "tell the same of the same edit")
+        assert _state(lm) == state, "a saved edit is replayed to the bit"
+    if "failed" not in edit.info:
+        info = editor.apply(request).info
+        assert _state(lm) == states[-1], "an editor made later prepares on the unedited model, and edits alike"
+        assert info.keys() == edit.info.keys(), "the same edit has the same info"

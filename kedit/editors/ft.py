@@ -8,11 +8,12 @@ is what the released code calls FT-L.
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kedit.data.requests import EditRequest
 from kedit.editors.cost import FLOAT, Cost, Shape, searching
-from kedit.editors.descent import descend, nll_loss
 from kedit.editors.protocol import Editor
+from kedit.editors.value_search import descend, nll_loss
 from kedit.model.anatomy import matrix
 from kedit.model.forward import LookupText, Tail, hooked
 from kedit.model.journal import Dense, Edit
@@ -35,6 +36,8 @@ class FTM(Editor):
     name = "ft-m"
     style = ("#e69f00", ">", "--")
     Hparams = Hparams
+    advance = 1
+    """How far the position that is to predict moves with each token of the target."""
 
     @classmethod
     def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
@@ -43,41 +46,26 @@ class FTM(Editor):
         work = searching(shape, 1, hparams.steps, hparams.layer)
         return Cost(edit=work, journal_bytes=size, device_bytes=5 * size)
 
-    @staticmethod
-    def _positions(prompt: int, target: int) -> list[int]:
-        """Which positions are to predict the target's tokens, given the lengths of prompt and target."""
-        return list(range(prompt - 1, prompt - 1 + target))
-
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         lm, hp = self.lm, self.hparams
         prompt, target = self.prompt_ids(request), self.target_ids(request)
-        positions = self._positions(len(prompt), len(target))
+        positions = [len(prompt) - 1 + self.advance * j for j in range(len(target))]
         # The edited layer changes every token's state, so nothing but the blocks below it can be skipped.
-        below = hp.layer - 1
+        below, down = hp.layer - 1, lm.anatomy.down(hp.layer)
         tail = Tail(lm, [LookupText((*prompt, *target[:-1]), 0)], [below])
-        down = lm.anatomy.down(hp.layer)
         delta = torch.zeros_like(matrix(down), requires_grad=True)
 
-        def clamp() -> None:
+        def loss_now() -> Tensor:
+            return nll_loss(lm, tail.run(below, tail.states[below])[0][positions], target)
+
+        def bound() -> None:
             if hp.bound is not None:
                 delta.clamp_(-hp.bound, hp.bound)
 
         with hooked({down: lambda module, args, output: output + args[0] @ delta.T}):
-            losses = descend(
-                [delta],
-                lambda: nll_loss(lm, tail.run(below, tail.states[below])[0][positions], target),
-                "fine-tuning",
-                steps=hp.steps,
-                lr=hp.lr,
-                converged=lambda loss: loss < hp.stop,
-                project=clamp,
-            )
-        edit.info |= {
-            "loss_before": losses[0],
-            "steps": len(losses) - 1,
-            "loss": losses[-1],
-            "relative_change": (delta.detach().norm() / matrix(down).norm()).item(),
-        }
+            losses = descend([delta], loss_now, hp, lambda loss: loss < hp.stop, bound)
+        edit.info |= {"loss_before": losses[0], "steps": len(losses) - 1, "loss": losses[-1]}
+        edit.info["relative_change"] = (delta.detach().norm() / matrix(down).norm()).item()
         edit.write(Dense(lm.anatomy.name(down), delta.detach()))
 
 
@@ -86,7 +74,4 @@ class FTL(FTM):
 
     name = "ft-l"
     style = ("#e69f00", "<", "-")
-
-    @staticmethod
-    def _positions(prompt: int, target: int) -> list[int]:
-        return [prompt - 1] * target
+    advance = 0

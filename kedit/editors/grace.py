@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kedit.data.requests import EditRequest
 from kedit.editors.cost import FLOAT, Cost, Shape, searching
-from kedit.editors.descent import descend, nll_loss, run_shifted
 from kedit.editors.protocol import Editor
+from kedit.editors.value_search import descend, nll_loss, run_shifted
 from kedit.model.forward import LookupText, Tail, activations, hooked
 from kedit.model.journal import Edit, Entry
 from kedit.model.lm import LM
@@ -113,14 +113,12 @@ class GRACE(Editor):
         index, entry = self._row(key, target, edit)
         # the ball of an earlier edit with this answer goes on from its value
         value = self._start(output) if "label" in entry else rows[index]["value"].to(output, copy=True)
-        losses = self._learn(prompt, target, value, output)
-        edit.info |= {
-            "rows": max(len(rows), index + 1),
-            "epsilon": entry["epsilon"],
-            "loss": losses[-1],
-            "loss_before": losses[0],
-            "value_norm": value.norm().item(),
-        }
+        value.requires_grad_()
+        tail = Tail(lm, [LookupText((*ids, *target[:-1]), prompt.lookup)], [hp.layer])
+        losses = descend([value], lambda: nll_loss(lm, run_shifted(tail, hp.layer, value - output)[0], target), hp)
+        value = value.detach()
+        edit.info |= {"rows": max(len(rows), index + 1), "epsilon": entry["epsilon"], "loss": losses[-1]}
+        edit.info |= {"loss_before": losses[0], "value_norm": value.norm().item()}
         edit.write(Entry(self.name, {"place": index, **entry, "value": value.cpu()}))
 
     def _row(self, key: Tensor, target: list[int], edit: Edit) -> tuple[int, dict[str, Any]]:
@@ -148,18 +146,3 @@ class GRACE(Editor):
             return output.clone()
         generator = torch.Generator().manual_seed(self.hparams.seed + len(self.memory.entries))
         return torch.rand(output.shape, generator=generator).to(output.device)
-
-    def _learn(self, prompt: LookupText, target: Sequence[int], value: Tensor, output: Tensor) -> list[float]:
-        """Adam on the value, in place, through the blocks above the layer, from the prompt's last token on."""
-        lm, hp = self.lm, self.hparams
-        tail = Tail(lm, [LookupText((*prompt.ids, *target[:-1]), prompt.lookup)], [hp.layer])
-        value.requires_grad_()
-        losses = descend(
-            [value],
-            lambda: nll_loss(lm, run_shifted(tail, hp.layer, value - output)[0], target),
-            "the value",
-            steps=hp.steps,
-            lr=hp.lr,
-        )
-        value.requires_grad_(False)
-        return losses

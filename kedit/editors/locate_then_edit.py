@@ -8,15 +8,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from kedit.data.requests import EditRequest
-from kedit.editors.contexts import context_templates
 from kedit.editors.cost import FLOAT, PROMPT, Cost, Shape, Work, reading, searching
 from kedit.editors.protocol import Editor
 from kedit.editors.value_search import Objective, Search, search
 from kedit.model.forward import LookupText, lookup_text, lookup_texts
 from kedit.model.journal import Edit
+from kedit.model.lm import LM
+
+SEEDS = ("The", "Therefore", "Because", "I", "You")
+"""First words of sampled contexts."""
+
+
+@torch.no_grad()
+def context_templates(lm: LM, lengths: Sequence[tuple[int, int]], seed: int = 0) -> list[str]:
+    """The bare ``{}`` and sampled prefixes: for each (tokens, count), that many ``"<text>. {}"``.
+
+    Texts are sampled from the model itself (top-5) from fixed first words; a length includes the
+    first word. Seeded, so the same model gives the same templates (ROME and MEMIT, appendix on
+    hyper-parameters).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    templates = ["{}"]
+    for tokens, index in ((tokens, index) for tokens, count in lengths for index in range(count)):
+        ids = [*lm.begin, *lm.encode(SEEDS[index % len(SEEDS)])]
+        while len(ids) < len(lm.begin) + tokens:
+            logits = lm.model(torch.tensor([ids], device=lm.device), use_cache=False).logits[0, -1]
+            top = logits.float().topk(5)
+            pick = torch.multinomial(top.values.softmax(-1).cpu(), 1, generator=generator)
+            ids.append(int(top.indices[pick]))
+        text = lm.tokenizer.decode(ids[len(lm.begin) :], skip_special_tokens=True)
+        templates.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
+    return templates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +85,9 @@ class LocateThenEdit(Editor):
         )
 
     def _prepare(self) -> None:
+        super()._prepare()
         if self.contexts is None:
             self.contexts = context_templates(self.lm, self.hparams.context_lengths, self.hparams.seed)
-        self.statistics.prepare(self.moments_of)
 
     def _texts(self, request: EditRequest) -> list[LookupText]:
         """The prompt in each context, the bare one first."""

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kedit.data.requests import EditRequest
 from kedit.editors import memit
-from kedit.editors.descent import descend
-from kedit.editors.value_search import STOP, project
+from kedit.editors.value_search import STOP, clamp, descend
 from kedit.model.forward import Hook, LookupText, activations, hooked
 from kedit.model.journal import Edit
 
@@ -74,12 +73,6 @@ class PMET(memit.MEMIT):
         def converged(loss: float) -> bool:
             return loss < STOP or (objective.likeliest and (hp.kl_factor * objective.kl).item() <= 0.01)
 
-        def clamp() -> None:
-            for delta, norm in zip(deltas, norms, strict=True):
-                project(delta, hp.clamp_norm_factor * norm)
-
-        losses = descend(
-            deltas, loss_now, "the value search", steps=hp.steps, lr=hp.lr, converged=converged, project=clamp
-        )
+        losses = descend(deltas, loss_now, hp, converged, lambda: clamp(deltas, norms, hp))
         edit.info |= objective.info(losses)
         return deltas[0].detach().double()

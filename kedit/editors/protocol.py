@@ -15,6 +15,9 @@ from kedit.model.journal import Edit
 from kedit.model.lm import LM
 from kedit.model.memory import Memory
 
+Contexts = Sequence[str] | None
+"""Context templates, the bare ``{}`` first; None where they are sampled from the model."""
+
 
 @dataclass(frozen=True)
 class NoHparams:
@@ -29,7 +32,7 @@ class Editor(ABC):
     Args:
         hparams: values for the method's ``Hparams``.
         statistics: second moments of the keys; by default those of the bundled text.
-        contexts: context templates, the bare ``{}`` first; by default sampled from the model.
+        contexts: context templates that prompts are put into.
 
     Attributes:
         memory: what a memory-based method remembers of its edits; it hangs on the model's journal.
@@ -51,13 +54,7 @@ class Editor(ABC):
         if "name" in vars(cls) and "label" not in vars(cls):
             cls.label = cls.name.upper()
 
-    def __init__(
-        self,
-        lm: LM,
-        hparams: Any,
-        statistics: SecondMoments | None = None,
-        contexts: Sequence[str] | None = None,
-    ):
+    def __init__(self, lm: LM, hparams: Any, statistics: SecondMoments | None = None, contexts: Contexts = None):
         self.lm = lm
         self.hparams = hparams
         self.statistics = statistics or SecondMoments(lm)
@@ -81,8 +78,9 @@ class Editor(ABC):
                 self._prepare()
             self._ready = True
 
-    def _prepare(self) -> None:  # noqa: B027 - some methods need nothing
-        """Second moments, context templates, training: what a method needs before its first edit."""
+    def _prepare(self) -> None:
+        """Second moments, and what else a method needs before its first edit: context templates, training."""
+        self.statistics.prepare(self.moments_of)
 
     @classmethod
     def moments_at(cls, hparams: Any) -> Sequence[int]:
@@ -95,21 +93,15 @@ class Editor(ABC):
         return self.moments_at(self.hparams)
 
     @classmethod
-    def recipe(
-        cls, hparams: Any, statistics: Mapping[str, Any], contexts: Sequence[str] | None = None
-    ) -> dict[str, Any]:
+    def recipe(cls, hparams: Any, statistics: Mapping[str, Any], contexts: Contexts = None) -> dict[str, Any]:
         """What edits depend on besides model and requests, for hashing; it needs no model.
 
         Args:
             statistics: the key of the second moments (``SecondMoments.key``, ``second_moments.key_of``).
-            contexts: context templates that were given; None where they are sampled.
         """
-        return {
-            "method": cls.name,
-            "hparams": asdict(hparams),
-            "statistics": dict(statistics) if cls.moments_at(hparams) else None,
-            "contexts": list(contexts) if contexts else "sampled",
-        }
+        moments = dict(statistics) if cls.moments_at(hparams) else None
+        given = list(contexts) if contexts else "sampled"
+        return {"method": cls.name, "hparams": asdict(hparams), "statistics": moments, "contexts": given}
 
     def key(self) -> dict[str, Any]:
         """The recipe of this editor's edits."""
@@ -118,7 +110,7 @@ class Editor(ABC):
     @classmethod
     def cost(cls, shape: Shape, hparams: Any, tokens: int) -> Cost:
         """What the method costs on a model of that shape, with second moments over so many tokens."""
-        return Cost()
+        return Cost(journal_bytes=4000 * cls.edits)
 
     def apply(self, request: EditRequest) -> Edit:
         """Edit the model in place, on top of whatever edits it already has.

@@ -3,13 +3,13 @@
 import hashlib
 import importlib.metadata
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,18 +28,16 @@ def default_text(model: str) -> str:
     return "pico" if model.startswith("pico-") else "wikipedia-sample"
 
 
-def _text_hash(text: str) -> str:
-    if text == "wikipedia":
-        return "-".join(WIKIPEDIA).replace("/", "-")
-    if text == "wikipedia-sample":
-        return f"gensim-{importlib.metadata.version('gensim')}"
-    return hashlib.sha256("\x1e".join(corpus(text)).encode()).hexdigest()[:16]
-
-
 def key_of(model: str, fingerprint: str, text: str | None = None, tokens: int = TOKENS) -> dict[str, Any]:
     """What a model's second moments over a text depend on, for hashing; it needs no model."""
     text = text or default_text(model)
-    return {"model": fingerprint, "text": text, "tokens": tokens, "hash": _text_hash(text)}
+    if text == "wikipedia":
+        version = "-".join(WIKIPEDIA).replace("/", "-")
+    elif text == "wikipedia-sample":
+        version = f"gensim-{importlib.metadata.version('gensim')}"
+    else:
+        version = hashlib.sha256("\x1e".join(corpus(text)).encode()).hexdigest()[:16]
+    return {"model": fingerprint, "text": text, "tokens": tokens, "hash": version}
 
 
 class SecondMoments:
@@ -52,11 +50,7 @@ class SecondMoments:
     """
 
     def __init__(
-        self,
-        lm: LM,
-        text: str | None = None,
-        tokens: int = TOKENS,
-        moments: dict[int, Tensor] | None = None,
+        self, lm: LM, text: str | None = None, tokens: int = TOKENS, moments: Mapping[int, Tensor] | None = None
     ):
         self.lm, self.text, self.tokens = lm, text or default_text(lm.name), tokens
         self._given = moments is not None
@@ -66,23 +60,29 @@ class SecondMoments:
     @cached_property
     def key(self) -> dict[str, Any]:
         """What the matrices depend on, for hashing."""
-        if self._given:
-            digest = hashlib.sha256()
-            for layer, moment in sorted(self._moments.items()):
-                digest.update(f"{layer}".encode() + moment.double().numpy().tobytes())
-            return {"given": digest.hexdigest()[:16]}
-        return key_of(self.lm.name, self.lm.fingerprint, self.text, self.tokens)
+        if not self._given:
+            return key_of(self.lm.name, self.lm.fingerprint, self.text, self.tokens)
+        digest = hashlib.sha256()
+        for layer, moment in sorted(self._moments.items()):
+            digest.update(f"{layer}".encode() + moment.double().numpy().tobytes())
+        return {"given": digest.hexdigest()[:16]}
 
-    def _path(self, layer: int, kind: str = "") -> Path:
-        name = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(self.text).name)
-        folder = cache_folder() / "moments" / self.lm.fingerprint / f"{name}-{_text_hash(self.text)}-{self.tokens}"
-        return folder / f"{layer}{kind and '-' + kind}.safetensors"
+    def _path(self, name: str) -> Path:
+        text = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(self.text).name)
+        folder = cache_folder() / "moments" / self.lm.fingerprint / f"{text}-{self.key['hash']}-{self.tokens}"
+        return folder / f"{name}.safetensors"
+
+    def _load(self, name: str, device: str = "cpu") -> dict[str, Tensor] | None:
+        if self._given or not self._path(name).exists():
+            return None
+        # copied, since what lies at odd addresses, as in a file, is multiplied in another order: other last bits
+        return {part: tensor.clone() for part, tensor in load_file(self._path(name), device).items()}
 
     def prepare(self, layers: Sequence[int]) -> None:
         """Have the second moments of these layers ready, from disk or by one pass over the text."""
         for layer in layers:
-            if layer not in self._moments and not self._given and self._path(layer).exists():
-                self._moments[layer] = safetensors.torch.load_file(self._path(layer))["moment"]
+            if layer not in self._moments and (stored := self._load(f"{layer}")):
+                self._moments[layer] = stored["moment"]
         if missing := [layer for layer in layers if layer not in self._moments]:
             if self._given:
                 raise KeditError(f"the statistics given hold no second moment for layer {missing[0]}.")
@@ -93,7 +93,7 @@ class SecondMoments:
         lm = self.lm
         texts, read = sequences(lm, self.text, self.tokens), 0
         sums = dict.fromkeys(layers, 0.0)
-        sites = {str(layer): lm.anatomy.down(layer) for layer in layers}
+        sites = {layer: lm.anatomy.down(layer) for layer in layers}
         last = lm.anatomy.blocks[max(layers)]
         with lm.journal.unedited():
             for text in tqdm(texts, desc=f"second moments, layers {list(layers)}", unit="seq", mininterval=1):
@@ -101,12 +101,11 @@ class SecondMoments:
                     lm.anatomy.base(input_ids=torch.tensor([text], device=lm.device), use_cache=False)
                 read += len(text)
                 for layer in layers:
-                    keys = seen[str(layer)][0].float()
+                    keys = seen[layer][0].float()
                     sums[layer] += (keys.T @ keys).double()
         for layer in layers:
-            moment = (sums[layer] / read).float().cpu()
-            self._moments[layer] = moment
-            write_atomic(self._path(layer), safetensors.torch.save({"moment": moment}))
+            self._moments[layer] = (sums[layer] / read).float().cpu()
+            write_atomic(self._path(f"{layer}"), save({"moment": self._moments[layer]}))
 
     def moment(self, layer: int) -> Tensor:
         """C of a layer, (m, m) float64."""
@@ -115,13 +114,13 @@ class SecondMoments:
 
     def _derived(self, layer: int, kind: str, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What costs m^3 and depends on C alone: from disk, or computed now and put there."""
-        path = None if self._given else self._path(layer, kind)
-        if path and path.exists():
-            return safetensors.torch.load_file(path, device=str(self.lm.device))
-        found = compute(self.moment(layer).to(self.lm.device))
-        if path:
-            write_atomic(path, safetensors.torch.save(found))
-        return found
+        name = f"{layer}-{kind}"
+        if (stored := self._load(name, str(self.lm.device))) is None:
+            computed = compute(self.moment(layer).to(self.lm.device))
+            stored = {part: tensor.contiguous() for part, tensor in computed.items()}
+            if not self._given:
+                write_atomic(self._path(name), save(stored))
+        return stored
 
     def solve(self, layer: int, keys: Tensor) -> Tensor:
         """C^-1 K in float64 by the layer's Cholesky factor; keys (m, n) -> (m, n).
@@ -137,7 +136,7 @@ class SecondMoments:
                     f"the second moment of layer {layer} is singular: {self.tokens} tokens of {self.text} are too few; "
                     "raise statistics.tokens."
                 )
-            return {"factor": factor.contiguous()}
+            return {"factor": factor}
 
         if layer not in self._factors:
             self._factors[layer] = self._derived(layer, "cholesky", factorise)["factor"]
@@ -148,10 +147,8 @@ class SecondMoments:
 
     def spectrum(self, layer: int) -> tuple[Tensor, Tensor]:
         """Eigenvalues (m,) of C, the smallest first, and its eigenvectors as columns (m, m), float64."""
-
-        def decompose(moment: Tensor) -> dict[str, Tensor]:
-            values, vectors = torch.linalg.eigh(moment)
-            return {"values": values, "vectors": vectors.contiguous()}
-
-        found = self._derived(layer, "spectrum", decompose)
-        return found["values"], found["vectors"]
+        names = "values", "vectors"
+        stored = self._derived(
+            layer, "spectrum", lambda moment: dict(zip(names, torch.linalg.eigh(moment), strict=True))
+        )
+        return stored["values"], stored["vectors"]

@@ -1,4 +1,4 @@
-"""Which value? The search for the vector that makes the model say the new object.
+"""Which value? The search, by gradient descent, for what makes the model say the new object.
 
 Shared by ROME, MEMIT, PMET and AlphaEdit (ROME section 3.1; MEMIT section 4.2). A vector delta is
 added to the residual stream after one block, at the subject's last token, and optimised so that
@@ -7,18 +7,19 @@ prompts in several contexts continue with the target while "{subject} is a" stay
 Nothing before the subject's last token, and no block up to the edited one, depends on delta. So one
 forward reads all rows and keeps the keys and values of those tokens; each step then runs only the
 remaining tokens through the remaining blocks, with logits only where the loss reads them. The result
-is that of running everything at every step (tests/test_values.py holds the plain version).
+is that of running everything at every step (tests/test_values.py holds the plain version). GRACE and
+fine-tuning descend in the same way, on another loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kedit.editors.descent import descend, run_shifted
 from kedit.model.forward import LookupText, Tail
+from kedit.model.journal import EditFailed
 from kedit.model.lm import LM
 
 STOP = 0.05
@@ -37,6 +38,67 @@ class Search:
     weight_decay: float = 1e-3
     clamp_norm_factor: float = 4.0
     kl_factor: float = 0.0625
+
+
+def descend(
+    variables: Sequence[Tensor],
+    loss_now: Callable[[], Tensor],
+    settings: Any,
+    converged: Callable[[float], bool] = lambda loss: False,
+    project: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Minimise a loss by Adam; the variables are changed in place.
+
+    Args:
+        variables: tensors that require gradients.
+        loss_now: the loss, a scalar, at the variables as they are.
+        settings: ``steps``, the updates at most, and ``lr``.
+        converged: whether to end at this loss; asked before each update.
+        project: brings the variables back within bounds; called after each update.
+
+    Returns:
+        the loss before each update and after the last.
+
+    Raises:
+        EditFailed: the loss is not finite.
+    """
+    optimiser = torch.optim.Adam(variables, lr=settings.lr)
+    losses: list[float] = []
+    for step in range(settings.steps + 1):
+        with torch.enable_grad():
+            loss = loss_now()
+        losses.append(loss.item())
+        if not torch.isfinite(loss):
+            raise EditFailed(f"the loss is {losses[-1]} at step {step}")
+        if step == settings.steps or converged(losses[-1]):
+            break
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            project()
+    return losses
+
+
+def nll_loss(lm: LM, hidden: Tensor, target: Sequence[int]) -> Tensor:
+    """Mean negative log-likelihood of a target's tokens, each predicted by one of the final hidden states (T, d)."""
+    labels = torch.tensor(target, device=hidden.device)[:, None]
+    return -lm.logits(hidden).log_softmax(-1).gather(1, labels).mean()
+
+
+def run_shifted(tail: Tail, layer: int, delta: Tensor) -> Tensor:
+    """Final hidden states (B, T, d) of the tails, a vector (d,) added to their first tokens' states after a layer."""
+    states = tail.states[layer]
+    first = torch.zeros(states.shape[1], 1, device=states.device)
+    first[0] = 1.0
+    return tail.run(layer, states + (first * delta).to(states))
+
+
+def clamp(deltas: Sequence[Tensor], norms: Sequence[Tensor], settings: Search) -> None:
+    """Rescale each delta in place to the norm clamp_norm_factor * |init| if it is longer."""
+    for delta, norm in zip(deltas, norms, strict=True):
+        if (size := delta.norm()) > (limit := settings.clamp_norm_factor * norm):
+            delta *= limit / size
 
 
 class Objective:
@@ -90,12 +152,6 @@ class Objective:
         return {"steps": len(losses) - 1, "loss": losses[-1], "probability": probability}
 
 
-def project(delta: Tensor, limit: Tensor) -> None:
-    """Rescale delta in place to the norm ``limit`` if it is longer."""
-    if (norm := delta.norm()) > limit:
-        delta *= limit / norm
-
-
 def search(objective: Objective, init: Tensor, settings: Search) -> tuple[Tensor, list[float]]:
     """Optimise delta by Adam (ROME eq. 4, MEMIT eq. 16), within the ball of radius clamp_norm_factor * |init|.
 
@@ -119,12 +175,6 @@ def search(objective: Objective, init: Tensor, settings: Search) -> tuple[Tensor
         return nll_loss + settings.kl_factor * kl + weight_decay
 
     losses = descend(
-        [delta],
-        loss_now,
-        "the value search",
-        steps=settings.steps,
-        lr=settings.lr,
-        converged=lambda loss: loss < STOP,
-        project=lambda: project(delta, settings.clamp_norm_factor * init_norm),
+        [delta], loss_now, settings, lambda loss: loss < STOP, lambda: clamp([delta], [init_norm], settings)
     )
     return delta.detach(), losses
