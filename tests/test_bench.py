@@ -22,6 +22,7 @@ def setting(llama, statistics):
     return bench.Setting(llama, statistics(llama), requests, hparams, steps=2, points=2, repeats=2, edits=edits)
 
 
+@pytest.mark.slow
 def test_rows_compare_equal_results(setting):
     old = {name: weight.clone() for name, weight in setting.lm.model.state_dict().items()}
     frame, peak = bench.table(setting, ["search", "solves", "neurons", "flat"])
@@ -58,6 +59,7 @@ def test_an_unknown_section_is_one_sentence(setting):
         bench.table(setting, ["speed"])
 
 
+@pytest.mark.slow
 def test_the_gpu_bench_measures_a_small_model_here(monkeypatch):
     """The same functions as on a GPU, at a shape that fits; no numbers are asserted."""
     lm = bench_gpu.random_model(build("llama", 700).config, "cpu", torch.bfloat16)

@@ -80,6 +80,7 @@ def run(lm, method, statistics, text):
     return said, success.measure(lm, REQUESTS), damage.measure(lm, text, passages=2, skip=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("method", SETTINGS)
 def test_a_model_in_parts_does_as_a_whole_one(method, architecture, tokenizer, moments, tmp_path):

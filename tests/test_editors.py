@@ -71,6 +71,7 @@ def test_the_same_edit_reaches_its_target_everywhere(lm, statistics, method):
     assert same(lm, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", HPARAMS)
 def test_sequential_edits_replay_and_undo_to_the_bit(lm, statistics, method):
     editor = make(method, lm, statistics)

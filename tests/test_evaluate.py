@@ -27,6 +27,7 @@ def harness(smollm2):
     return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4, add_bos_token=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", benchmarks.suites()["mini"])
 def test_same_answers_as_lm_evals_hf_model(smollm2, harness, name):
     found = evaluate(smollm2, name, LIMIT)

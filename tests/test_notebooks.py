@@ -55,6 +55,7 @@ def opened(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_committed_file_is_what_runs(path, opened):
     """As ``papermill -f`` passes it, as ``papermill -p name`` does, and as ``python -m kedit notebook`` does."""

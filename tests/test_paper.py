@@ -30,6 +30,7 @@ def mirrored(monkeypatch):
     forget()
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", benchmarks.suites()["paper"])
 def test_same_answers_as_lm_evals_hf_model(smollm2, mirrored, name):
@@ -61,6 +62,7 @@ def test_same_answers_as_lm_evals_hf_model(smollm2, mirrored, name):
             assert item["text"] == sample["resps"][0][0]
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize(("name", "tasks", "items"), [("mmlu", 57, 14042), ("bbh", 27, 6511)])
 def test_a_limit_is_shared_out_over_the_tasks_of_a_benchmark(mirrored, name, tasks, items):
@@ -72,6 +74,7 @@ def test_a_limit_is_shared_out_over_the_tasks_of_a_benchmark(mirrored, name, tas
         assert all(abs(parts[task] - size * min(limit, items) / items) < 1 for task, size in sizes.items())
 
 
+@pytest.mark.slow
 @needs_data
 def test_the_studys_shots_are_in_the_prompts(mirrored):
     """Counted in the text itself: exemplars before the question."""

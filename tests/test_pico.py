@@ -55,6 +55,7 @@ def test_training_the_smallest_anew_starts_as_recorded():
     assert losses == pytest.approx(MANIFEST["pico-0.1m"]["first_losses"][:10], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", suites()["pico"])
 def test_no_item_stands_in_any_training_text(task):
     for item in items(task):

@@ -50,6 +50,7 @@ def test_generation_equals_greedy_decoding(lm, rows, monkeypatch):
         assert tokens == ids[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_texts_that_repeat_themselves_take_fewer_forwards(smollm2, monkeypatch):
     """What transformers generates, of a list, a rhyme that leaves its pattern and one that must stop within a guess."""
     lm, forward, counts = smollm2, scoring.forward, []

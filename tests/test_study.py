@@ -59,6 +59,7 @@ def table(path, runs):
     return stats.table(Results.load(params, runs / params.rq / params.name)).to_csv(index=False)
 
 
+@pytest.mark.slow
 def test_killed_three_times_gives_the_same_table(grid, tmp_path):
     path = tmp_path / "rq1" / "tiny.yaml"
     path.parent.mkdir()
@@ -88,6 +89,7 @@ def test_killed_three_times_gives_the_same_table(grid, tmp_path):
     assert "nothing was left to compute" in again.stderr.read()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_worker_gives_the_table_of_a_serial_run(grid, tmp_path, monkeypatch):
     from distributed import LocalCluster
 
@@ -119,6 +121,7 @@ def test_a_scheduler_that_does_not_answer_is_one_sentence_within_seconds(address
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.slow
 def test_the_table_has_every_row_of_the_grid(grid, tmp_path, monkeypatch):
     monkeypatch.setenv("KEDIT_RUNS", str(tmp_path))
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
