@@ -83,7 +83,7 @@ def nested(**changes):
 def test_counterfact_in_its_original_schema(tmp_path):
     path = tmp_path / "counterfact.json"
     path.write_text(json.dumps([nested()]))
-    (record,) = facts.counterfact(path)
+    (record,) = facts.load("counterfact", path=path)
     assert record.text == "The mother tongue of Ada Byron is"
     assert (record.target_new, record.target_true, record.id) == ("French", "English", "7")
     assert record.neighbours == (("The mother tongue of Mary Somerville is", "English"),)
@@ -121,7 +121,7 @@ def test_a_malformed_record_is_named_by_file_and_index(tmp_path, record, sentenc
     path = tmp_path / "broken.json"
     path.write_text(json.dumps([nested(), record]))
     with pytest.raises(KeditError, match=rf"broken\.json, {sentence}"):
-        facts.counterfact(path)
+        facts.load("counterfact", path=path)
 
 
 @pytest.mark.parametrize(

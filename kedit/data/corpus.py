@@ -3,6 +3,7 @@
 import bz2
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,14 +54,13 @@ def _wikipedia(lm: Reader, wanted: int) -> Iterator[list[int]]:
 
     articles = datasets.load_dataset(hub.dataset(WIKIPEDIA[0]), WIKIPEDIA[1], split="train", streaming=True)
     body, found = SEQUENCE - len(lm.begin), 0
-    for article in articles.shuffle(seed=1, buffer_size=10_000):
-        ids = lm.encode(article["text"][: 16 * SEQUENCE])[:body]
-        if len(ids) == body:
-            yield [*lm.begin, *ids]
-            found += 1
-            if found == wanted:
-                return
-    raise KeditError(f"statistics text 'wikipedia' has {found} articles of {SEQUENCE} tokens, fewer than {wanted}.")
+    texts = (article["text"][: 16 * SEQUENCE] for article in articles.shuffle(seed=1, buffer_size=10_000))
+    long_enough = (ids for ids in map(lm.encode, texts) if len(ids) >= body)
+    for ids in islice(long_enough, wanted):
+        yield [*lm.begin, *ids[:body]]
+        found += 1
+    if found < wanted:
+        raise KeditError(f"statistics text 'wikipedia' has {found} articles of {SEQUENCE} tokens, fewer than {wanted}.")
 
 
 def corpus(name: str) -> list[str]:

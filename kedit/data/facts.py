@@ -4,11 +4,14 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from kedit import KeditError
 from kedit.data import hub
@@ -23,21 +26,14 @@ SETS = registered(
         "pico": "kedit.pico.world:edits",
         "bundled": "kedit.data.facts:bundled",
         "bundled-zsre": "kedit.data.facts:bundled_zsre",
-        "counterfact": "kedit.data.facts:counterfact",
-        "zsre": "kedit.data.facts:zsre",
     },
 )
-"""Edit sets: functions of a split, the published ones of the path of a file. Other packages add their own."""
-FILES = {
-    # as the study's toolkit names them (its edit split first), then as the original release does
-    "counterfact": ("counterfact-edit*.json", "counterfact.json"),
-    "zsre": ("zsre_mend_eval*.json",),
-}
-"""File names of published sets in a mirror's ``edits`` folder."""
-HUB = {"counterfact": "azhx/counterfact"}
-"""Published sets on the hub: CounterFact in its original schema, split train, whose order is not the study's."""
+"""Edit sets of packages: functions of a split. Other packages add their own."""
+PUBLISHED: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("edit_sets.yaml").read_text())
+"""Edit sets that are published as files: their names, where they are on the hub, how their records are read."""
 SPLITS = ("train", "validation", "edit")
-BUNDLED = Path(__file__).parent / "facts.json"
+BUNDLED = Path(__file__).with_name("facts.json")
+RELATIONS: dict[str, dict[str, Any]] = json.loads(BUNDLED.read_text())["relations"]
 NEIGHBOURS = 5
 """Neighbours of a bundled record."""
 
@@ -50,38 +46,19 @@ def _rank(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
 
-@cache
-def _relations() -> dict[str, dict]:
-    return json.loads(BUNDLED.read_text())["relations"]
-
-
 def _split_subjects(relation: str, target: str, subjects: list[str]) -> dict[str, list[str]]:
     """Split one object's subjects. Neighbours come from train alone, so no run ever edits a neighbour."""
     ranked = sorted(subjects, key=lambda subject: _rank(relation, target, subject))
-    kept = max(NEIGHBOURS + 1, len(ranked) // 2)
-    validation = max(1, (len(ranked) - kept) // 4)
-    return {
-        "train": ranked[:kept],
-        "validation": ranked[kept : kept + validation],
-        "edit": ranked[kept + validation :],
-    }
+    train = max(NEIGHBOURS + 1, len(ranked) // 2)
+    validation = train + max(1, (len(ranked) - train) // 4)
+    return dict(zip(SPLITS, (ranked[:train], ranked[train:validation], ranked[validation:]), strict=True))
 
 
-def _record(relation: str, target: str, subject: str, train: list[str]) -> EditRequest:
-    entry = _relations()[relation]
-    others = sorted(o for o in entry["objects"] if o != target)
-    neighbours = sorted((s for s in train if s != subject), key=lambda s: _rank("near", subject, s))
-    return EditRequest(
-        prompt=entry["prompt"],
-        subject=subject,
-        target_new=min(others, key=lambda other: _rank("new", relation, subject, other)),
-        target_true=target,
-        paraphrases=tuple(p.replace("{}", subject) for p in entry["paraphrases"]),
-        neighbours=tuple((entry["prompt"].replace("{}", n), target) for n in neighbours[:NEIGHBOURS]),
-        generation=(entry["generation"].replace("{}", subject),),
-        id=f"{relation}/{subject}",
-        relation=relation,
-    )
+def _record(relation: str, true: str, subject: str, train: list[str]) -> EditRequest:
+    entry = RELATIONS[relation]
+    new = min(entry["objects"].keys() - {true}, key=lambda other: _rank("new", relation, subject, other))
+    near = sorted({*train} - {subject}, key=lambda other: _rank("near", subject, other))
+    return EditRequest.stated(relation, entry, subject, new, true, near[:NEIGHBOURS])
 
 
 @cache
@@ -91,7 +68,7 @@ def bundled(split: str = "edit") -> tuple[EditRequest, ...]:
     target_new is another object of the same relation; neighbours share relation and old object.
     """
     records = []
-    for relation, entry in _relations().items():
+    for relation, entry in RELATIONS.items():
         for target, subjects in entry["objects"].items():
             parts = _split_subjects(relation, target, subjects)
             records += [_record(relation, target, subject, parts["train"]) for subject in parts[split]]
@@ -101,16 +78,13 @@ def bundled(split: str = "edit") -> tuple[EditRequest, ...]:
 @cache
 def bundled_zsre(split: str = "edit") -> tuple[EditRequest, ...]:
     """The bundled facts in ZsRE's form: a question as prompt, locality on one unrelated question."""
-    unrelated = bundled("train")
-
-    def ask(record: EditRequest) -> str:
-        return f"Question: {_relations()[record.relation]['question']} Answer:"
+    asks = {relation: f"Question: {entry['question']} Answer:" for relation, entry in RELATIONS.items()}
 
     def question(record: EditRequest) -> EditRequest:
-        others = (other for other in unrelated if other.relation != record.relation)
-        other = min(others, key=lambda other: _rank("far", record.id, other.id))
-        neighbour = (ask(other).replace("{}", other.subject), other.target_true)
-        return replace(record, prompt=ask(record), neighbours=(neighbour,))
+        unrelated = (other for other in bundled("train") if other.relation != record.relation)
+        other = min(unrelated, key=lambda other: _rank("far", record.id, other.id))
+        neighbour = (asks[other.relation].replace("{}", other.subject), other.target_true)
+        return replace(record, prompt=asks[record.relation], neighbours=(neighbour,))
 
     return tuple(map(question, bundled(split)))
 
@@ -118,70 +92,26 @@ def bundled_zsre(split: str = "edit") -> tuple[EditRequest, ...]:
 # Published edit sets -----------------------------------------------------------------------------
 
 
-def _template(text: str, subject: str) -> str:
-    """Put ``{}`` where the subject stands; its last occurrence when it stands more than once."""
-    head, found, tail = text.rpartition(subject)
-    if not found:
-        raise ValueError(f"subject {subject!r} does not stand in the prompt {text!r}")
-    return f"{head}{{}}{tail}"
+def _request(raw: Mapping[str, Any], schemas: Sequence[Mapping[str, list[str | int]]]) -> EditRequest:
+    """A record as the first of the schemas whose prompt it holds reads it."""
+    schema = next((schema for schema in schemas if schema["prompt"][0] in raw), schemas[-1])
+    fields = {field: reduce(getitem, path, raw) for field, path in schema.items()}
+    for field in ("paraphrases", "neighbours", "generation"):
+        prompts = fields.get(field, ())
+        fields[field] = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    answer = fields.pop("answer")
+    fields["neighbours"] = tuple((prompt, answer) for prompt in fields["neighbours"])
+    if "{}" not in fields["prompt"]:  # the subject's last place, where it stands more than once
+        fields["prompt"] = "{}".join(fields["prompt"].rsplit(fields["subject"], 1))
+    return EditRequest(**fields | {"id": str(fields["id"])})
 
 
-def _counterfact(raw: dict[str, Any]) -> EditRequest:
-    if "requested_rewrite" in raw:  # the schema of the original release
-        rewrite = raw["requested_rewrite"]
-        true = rewrite["target_true"]["str"]
-        return EditRequest(
-            prompt=rewrite["prompt"],
-            subject=rewrite["subject"],
-            target_new=rewrite["target_new"]["str"],
-            target_true=true,
-            paraphrases=tuple(raw["paraphrase_prompts"]),
-            neighbours=tuple((prompt, true) for prompt in raw["neighborhood_prompts"]),
-            generation=tuple(raw["generation_prompts"]),
-            id=str(raw["case_id"]),
-            relation=rewrite.get("relation_id", ""),
-        )
-    return EditRequest(  # the flat schema of EasyEdit
-        prompt=_template(raw["prompt"], raw["subject"]),
-        subject=raw["subject"],
-        target_new=raw["target_new"],
-        target_true=raw["ground_truth"],
-        paraphrases=(raw["rephrase_prompt"],),
-        neighbours=((raw["locality_prompt"], raw["locality_ground_truth"]),),
-        id=str(raw["case_id"]),
-    )
-
-
-def _zsre(raw: dict[str, Any]) -> EditRequest:
-    return EditRequest(
-        prompt=_template(raw["src"], raw["subject"]),
-        subject=raw["subject"],
-        target_new=raw["alt"],
-        target_true=raw["answers"][0],
-        paraphrases=(raw["rephrase"],),
-        neighbours=((raw["loc"], raw["loc_ans"]),),
-        id=raw["src"],
-    )
-
-
-def _read(path: str | Path, convert: Callable[[dict], EditRequest]) -> tuple[EditRequest, ...]:
-    """The records of a JSON file."""
-    try:
-        raws = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise KeditError(f"edit set {path} cannot be read ({error.strerror}); give its JSON file.") from error
-    except json.JSONDecodeError as error:
-        raise KeditError(f"edit set {path} is not JSON ({error}).") from error
-    if not isinstance(raws, list):
-        raise KeditError(f"edit set {path} holds a {type(raws).__name__}; it must be a JSON list of records.")
-    return _converted(raws, str(path), convert)
-
-
-def _converted(raws: Iterable[Any], where: str, convert: Callable[[dict], EditRequest]) -> tuple[EditRequest, ...]:
+def _requests(name: str, raws: Iterable[Any], where: str | Path) -> tuple[EditRequest, ...]:
+    """Records of a published set, in order; those whose new object is the old one are left out, logged."""
     records, unusable = [], []
     for index, raw in enumerate(raws):
         try:
-            records.append(convert(raw))
+            records.append(_request(raw, PUBLISHED[name]["schemas"]))
         except Unchanged:
             unusable.append(index)
         except KeyError as error:
@@ -193,29 +123,27 @@ def _converted(raws: Iterable[Any], where: str, convert: Callable[[dict], EditRe
     return tuple(records)
 
 
-def counterfact(path: str | Path) -> tuple[EditRequest, ...]:
-    """Read CounterFact in the original nested schema or in EasyEdit's flat one, in file order.
-
-    The flat schema carries one rephrase and one neighbour a record.
-
-    Raises:
-        KeditError: a file that cannot be read, or a malformed record, named by file and index.
-    """
-    return _read(path, _counterfact)
-
-
-def zsre(path: str | Path) -> tuple[EditRequest, ...]:
-    """Read ZsRE as MEND prepared it (``src``, ``rephrase``, ``alt``, ``loc``), in file order.
-
-    The published files hold some records whose new answer is the old one; they are left out, logged.
-
-    Raises:
-        KeditError: as for ``counterfact``.
-    """
-    return _read(path, _zsre)
+def _from_file(name: str, path: str | Path) -> tuple[EditRequest, ...]:
+    try:
+        raws = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise KeditError(f"edit set {path} cannot be read ({reason}); give its JSON file.") from error
+    if not isinstance(raws, list):
+        raise KeditError(f"edit set {path} holds a {type(raws).__name__}; it must be a JSON list of records.")
+    return _requests(name, raws, path)
 
 
-# By name ------------------------------------------------------------------------------------------
+@cache
+def _from_hub(name: str) -> tuple[EditRequest, ...]:
+    import datasets  # a second, which edit sets of a package and of files do not wait for
+
+    source = hub.dataset(PUBLISHED[name]["hub"])
+    try:
+        rows = datasets.load_dataset(source, split="train")
+    except (OSError, ValueError) as error:
+        raise KeditError(f"edit set {name!r} cannot be read from the hub's {source} ({error}).") from error
+    return _requests(name, rows, source)
 
 
 def located(name: str) -> Path | None:
@@ -226,14 +154,18 @@ def located(name: str) -> Path | None:
     """
     if (mirror := hub.mirror()) is None:
         return None
+    files = PUBLISHED[name]["files"]
     for folder in (mirror / "edits", mirror.parent / "edits"):
-        for pattern in FILES[name]:
+        for pattern in files:
             if found := sorted(folder.glob(pattern)):
                 return found[0]
     raise KeditError(
-        f"edit set {name!r}: KEDIT_MIRROR has no edits/{FILES[name][0]} within or beside it; put the file there, or "
-        "give edit_set.path."
+        f"edit set {name!r}: KEDIT_MIRROR has no edits/{files[0]} within or beside it; put the file there, or give "
+        "edit_set.path."
     )
+
+
+# By name ------------------------------------------------------------------------------------------
 
 
 def at_hand(name: str, path: str | None = None) -> bool:
@@ -242,41 +174,29 @@ def at_hand(name: str, path: str | None = None) -> bool:
     Raises:
         KeditError: there is a mirror, and the set is not there.
     """
-    return name not in FILES or path is not None or located(name) is not None
+    return name not in PUBLISHED or path is not None or located(name) is not None
 
 
-def load(name: str, split: str = "edit", path: str | None = None) -> tuple[EditRequest, ...]:
-    """An edit set by name: a split of it, or of the published ones the file at ``path``.
+def load(name: str, split: str = "edit", path: str | Path | None = None) -> tuple[EditRequest, ...]:
+    """An edit set by name: a split of it, or of the published ones the file at ``path``, in file order.
 
-    Without a path a published set comes from ``KEDIT_MIRROR``, else from the hub where it is there.
+    Without a path a published set comes from ``KEDIT_MIRROR``, else from the hub where it is there. CounterFact may be
+    in its original schema or in EasyEdit's flat one, ZsRE is as MEND prepared it (``edit_sets.yaml``).
 
     Raises:
-        KeditError: no such set or split, or it cannot be had or read.
+        KeditError: no such set or split, it cannot be had or read, or a record is malformed (named by its index).
     """
-    if name not in SETS:
-        raise unknown("edit set", name, SETS)
+    if name not in SETS and name not in PUBLISHED:
+        raise unknown("edit set", name, [*SETS, *PUBLISHED])
     if split not in SPLITS:
         raise unknown(f"edit set {name!r}: split", split, SPLITS)
-    read = load_object(SETS[name])
-    if name not in FILES:
-        return read(split)
+    if name not in PUBLISHED:
+        return load_object(SETS[name])(split)
     if path or (path := located(name)):
-        return read(path)
-    if name not in HUB:
+        return _from_file(name, path)
+    if "hub" not in PUBLISHED[name]:
         raise KeditError(f"edit set {name!r} is not on the hub; give edit_set.path, or set KEDIT_MIRROR.")
     return _from_hub(name)
-
-
-@cache
-def _from_hub(name: str) -> tuple[EditRequest, ...]:
-    import datasets  # a second, which edit sets of a package and of files do not wait for
-
-    source = hub.dataset(HUB[name])
-    try:
-        rows = datasets.load_dataset(source, split="train")
-    except (OSError, ValueError) as error:
-        raise KeditError(f"edit set {name!r} cannot be read from the hub's {source} ({error}).") from error
-    return _converted(rows, source, _counterfact)
 
 
 def ordered(requests: Iterable[EditRequest], order: int) -> list[EditRequest]:

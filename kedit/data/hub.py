@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from kedit import KeditError
 
@@ -45,11 +45,10 @@ def dataset(name: str) -> str:
         return name
     try:
         HfApi().dataset_info(name, timeout=SECONDS)
-    except GatedRepoError as error:
-        raise KeditError(f"data set {name} is gated; ask for access on its page and set HF_TOKEN.") from error
-    except RepositoryNotFoundError as error:
+    except RepositoryNotFoundError as error:  # a gated one is found by those who may read it
         raise KeditError(
-            f"data set {name} is not on the hub, or wants a token; set HF_TOKEN or KEDIT_MIRROR."
+            f"data set {name} is not on the hub, or is gated; ask for access on its page and set HF_TOKEN, or set "
+            "KEDIT_MIRROR."
         ) from error
     except Exception as error:  # whatever its HTTP client raises: for us the hub is out of reach
         raise KeditError(

@@ -1,7 +1,8 @@
 """What one edit is asked to do."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 
 class Unchanged(ValueError):
@@ -38,12 +39,36 @@ class EditRequest:
 
     def __post_init__(self):
         if self.prompt.count("{}") != 1:
-            raise ValueError(f"prompt {self.prompt!r} must hold the subject's place {{}} exactly once")
+            raise ValueError(f"prompt {self.prompt!r} must hold {{}}, for {self.subject!r}, exactly once")
         for name in ("subject", "target_new"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} is empty")
         if self.target_new.strip() == self.target_true.strip():
             raise Unchanged(f"target_new equals target_true ({self.target_true!r})")
+
+    @classmethod
+    def stated(
+        cls, relation: str, templates: Mapping[str, Any], subject: str, new: str, true: str, near: Iterable[str]
+    ) -> Self:
+        """The request to change a fact, in the words that its relation has for all subjects.
+
+        Args:
+            templates: the relation's ``prompt``, ``paraphrases`` and ``generation``, each with a ``{}``.
+            new, true: objects.
+            near: subjects whose object is ``true`` as well.
+        """
+        prompt = templates["prompt"]
+        return cls(
+            prompt,
+            subject,
+            new,
+            true,
+            paraphrases=tuple(template.replace("{}", subject) for template in templates["paraphrases"]),
+            neighbours=tuple((prompt.replace("{}", other), true) for other in near),
+            generation=(templates["generation"].replace("{}", subject),),
+            id=f"{relation}/{subject}",
+            relation=relation,
+        )
 
     @property
     def text(self) -> str:

@@ -280,19 +280,10 @@ def edits(split: str = "edit") -> tuple[EditRequest, ...]:
             true = facts[relation]
             rng = Random(f"{SEED} edit {name} {relation}")
             near = [n for n, other in people("train").items() if other[relation] == true and n != name]
-            ask, *_, known, unseen = (statement.removesuffix(" {}.") for statement in STATEMENTS[relation])
-            records.append(
-                EditRequest(
-                    prompt=ask,
-                    subject=name,
-                    target_new=rng.choice([o for o in OBJECTS[relation] if o != true]),
-                    target_true=true,
-                    paraphrases=tuple(p.replace("{}", name) for p in (known, unseen)),
-                    neighbours=tuple((ask.replace("{}", n), true) for n in rng.sample(near, 5)),
-                    generation=(qa(QUESTIONS[relation][-1].format(name), "").rstrip(),),
-                    id=f"{relation}/{name}",
-                    relation=relation,
-                )
-            )
+            new = rng.choice([o for o in OBJECTS[relation] if o != true])
+            prompt, *_, known, unseen = (statement.removesuffix(" {}.") for statement in STATEMENTS[relation])
+            question = qa(QUESTIONS[relation][-1], "").rstrip()
+            words = {"prompt": prompt, "paraphrases": (known, unseen), "generation": question}
+            records.append(EditRequest.stated(relation, words, name, new, true, rng.sample(near, 5)))
     Random(f"{SEED} order {split}").shuffle(records)
     return tuple(records)

@@ -174,7 +174,7 @@ class Params(_Mapping):
             at_hand = facts.at_hand(self.edit_set.name, self.edit_set.path)
         except KeditError:  # a mirror without the set: a run will say so
             at_hand = False
-        if at_hand or self.edit_set.name not in facts.SETS:
+        if at_hand:
             self.requests(0)
 
     def requests(self, order: int) -> list:
