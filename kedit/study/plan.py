@@ -261,9 +261,9 @@ def _access_lines(params: Params) -> Iterator[str]:
     try:
         if sources:
             yield f"Data sets: {', '.join(sources)}: {_state(sources)}."
-        if params.edit_set.name in facts.FILES:
+        if params.edit_set.name in facts.PUBLISHED:
             path = params.edit_set.path or facts.located(params.edit_set.name)
-            hub_id = facts.HUB.get(params.edit_set.name)
+            hub_id = facts.PUBLISHED[params.edit_set.name].get("hub")
             elsewhere = f"hub {hub_id}, whose order is not the study's" if hub_id else "needs KEDIT_MIRROR"
             yield f"Edit set {params.edit_set.name}: {Path(path).name if path else elsewhere}."
     except KeditError as error:
