@@ -172,7 +172,7 @@ def _pico(args: argparse.Namespace) -> None:
     """train the pico models anew"""
     from kedit.pico.train import make
 
-    _made(*make(args.names))
+    _made(*make())
 
 
 def _number(text: str) -> int | str | None:
@@ -196,7 +196,6 @@ WORKERS = {
     "--dask": {"metavar": "ADDRESS", "help": "have the workers of this Dask scheduler do it"},
 }
 MODEL = {"--model": {"default": "smollm2-135m-instruct"}}
-NAMES = {"names": {"nargs": "*"}}
 COMMANDS: dict[Any, dict[str, dict[str, Any]]] = {
     _run: RUN | WORKERS,
     _notebook: RUN,
@@ -206,7 +205,7 @@ COMMANDS: dict[Any, dict[str, dict[str, Any]]] = {
     _list: {},
     _figures: {},
     _report: {},
-    _tables: NAMES,
+    _tables: {"names": {"nargs": "*"}},
     _scan: {
         "method": {},
         "settings": {"nargs": "*", "help": "such as layer=[3,5,7]"},
@@ -214,7 +213,7 @@ COMMANDS: dict[Any, dict[str, dict[str, Any]]] = {
     }
     | MODEL,
     _train: {"method": {"help": "such as mend"}} | MODEL,
-    _pico: NAMES,
+    _pico: {},
 }
 """Each command's function, named as it is and helped by its docstring, with its arguments."""
 

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice, repeat
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,7 +28,6 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from kedit import workers
 from kedit.pico import world
-from kedit.registry import unknown
 from kedit.store import runs_folder, write_atomic
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -49,17 +49,12 @@ class Recipe:
     layers: int
     heads: int
     lr: float
-    tokens: int = 1_228_800
-    start: str | None = None
+    tokens: int
+    start: str | None
 
 
-RECIPES = {
-    "pico-0.1m": Recipe(48, 3, 4, 8e-3),
-    "pico-0.4m": Recipe(80, 4, 4, 6e-3),
-    "pico-1.5m": Recipe(144, 5, 4, 4e-3),
-    "pico-5m": Recipe(248, 6, 4, 1.5e-3),
-    "pico-1.5m-instruct": Recipe(144, 5, 4, 1e-3, tokens=204_800, start="pico-1.5m"),
-}
+FAMILY = yaml.safe_load(Path(__file__).with_name("family.yaml").read_text())
+RECIPES = {name: Recipe(**fields) for name, fields in FAMILY.items()}
 
 
 @cache
@@ -111,41 +106,32 @@ def configuration(recipe: Recipe) -> GPTNeoXConfig:
     )
 
 
-def untrained(recipe: Recipe) -> GPTNeoXForCausalLM:
-    """A model as it is before its first step."""
-    torch.manual_seed(world.SEED)
-    return GPTNeoXForCausalLM(configuration(recipe))
-
-
-def _optimiser(model: GPTNeoXForCausalLM, lr: float, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW, biases and norms without weight decay; a linear warm-up, then a cosine to zero."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    return optimiser, LambdaLR(optimiser, lambda i: min((i + 1) / WARMUP, (1 + math.cos(math.pi * i / steps)) / 2))
-
-
 def train(
     name: str, stop: int | None = None, folder: Path = WEIGHTS, bar: int = 0
 ) -> tuple[GPTNeoXForCausalLM, list[float]]:
     """Train a model on one thread, 8 x 128 tokens a step; returns it and the loss of each step.
 
+    AdamW, biases and norms without weight decay; a linear warm-up, then a cosine to zero.
+
     Args:
         stop: steps, if not all.
-        folder: where the model that this one is tuned from lies; if not there, the committed one is taken.
+        folder: where the model that this one is tuned from lies.
         bar: line of the progress bar.
     """
     torch.set_num_threads(1)
+    torch.manual_seed(world.SEED)
     recipe = RECIPES[name]
     if recipe.start:
-        start = next(path for path in (folder / recipe.start, WEIGHTS / recipe.start) if path.exists())
-        model = GPTNeoXForCausalLM.from_pretrained(start, dtype=torch.float32)
+        model = GPTNeoXForCausalLM.from_pretrained(folder / recipe.start, dtype=torch.float32)
     else:
-        model = untrained(recipe)
+        model = GPTNeoXForCausalLM(configuration(recipe))
     model.train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
     steps = recipe.tokens // (BATCH * LENGTH)
-    optimiser, schedule = _optimiser(model, recipe.lr, steps)
+    schedule = LambdaLR(optimiser, lambda i: min((i + 1) / WARMUP, (1 + math.cos(math.pi * i / steps)) / 2))
     losses, texts = [], sequences(tuning=bool(recipe.start))
     progress = tqdm(range(min(stop or steps, steps)), desc=f"{name:<18}", position=bar, mininterval=1)
     for _ in progress:
@@ -162,46 +148,31 @@ def train(
     return model.eval(), losses
 
 
-def _train_and_save(names: list[str], folder: Path, bar: int) -> dict[str, dict[str, Any]]:
-    """Train models one after another, save each as half-precision safetensors; returns the manifest's entries."""
-    entries = {}
-    for name in names:
-        model, losses = train(name, folder=folder, bar=bar)
-        model.half().save_pretrained(folder / name)
-        tokenizer().save_pretrained(folder / name)
-        files = sorted((folder / name).iterdir())
-        entries[name] = {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            **asdict(RECIPES[name]),
-            "first_losses": [round(loss, 5) for loss in losses[:20]],
-            "losses": [round(fmean(losses[i : i + 50]), 4) for i in range(0, len(losses), 50)],
-            "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
-        }
-    return entries
+def _train_and_save(name: str, folder: Path, bar: int) -> dict[str, Any]:
+    """Train a model, save it as half-precision safetensors; returns the manifest's entry."""
+    model, losses = train(name, folder=folder, bar=bar)
+    model.half().save_pretrained(folder / name)
+    tokenizer().save_pretrained(folder / name)
+    return {
+        "parameters": model.num_parameters(),
+        **asdict(RECIPES[name]),
+        "first_losses": [round(loss, 5) for loss in losses[:20]],
+        "losses": [round(fmean(losses[i : i + 50]), 4) for i in range(0, len(losses), 50)],
+        "sha256": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / name).iterdir())
+        },
+    }
 
 
-def make(names: list[str] | None = None) -> list[Path]:
-    """Train the family (or some of it) anew, then replace the committed weights and their manifest.
-
-    Raises:
-        KeditError: a name that is not in the family.
-    """
-    names = names or list(RECIPES)
-    if strangers := [name for name in names if name not in RECIPES]:
-        raise unknown("pico model", strangers[0], RECIPES)
+def make() -> list[Path]:
+    """Train the family anew, then replace the committed weights and their manifest."""
     folder = runs_folder() / "pico"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    chains: dict[str, list[str]] = {}  # a model, then those that are tuned from it
-    for name in sorted(names, key=lambda name: RECIPES[name].start is not None):
-        start = RECIPES[name].start
-        chains.setdefault(start if start in names else name, []).append(name)
-    longest_first = sorted(chains.values(), key=lambda chain: -RECIPES[chain[0]].width)
+    entries: dict[str, dict[str, Any]] = {}
     with workers.pool(workers.cores()) as (pool, _):
-        futures = [pool.submit(_train_and_save, chain, folder, bar) for bar, chain in enumerate(longest_first)]
-        entries = {name: entry for future in futures for name, entry in future.result().items()}
-    manifest = WEIGHTS / "manifest.json"
-    before = json.loads(manifest.read_text())["models"] if manifest.exists() else {}
+        for tuned in (False, True):  # what others are tuned from comes first, and of those the largest
+            names = [name for name in reversed(RECIPES) if bool(RECIPES[name].start) == tuned]
+            entries |= zip(names, pool.map(_train_and_save, names, repeat(folder), count()), strict=True)
     about = {
         "command": "make pico",
         "seed": world.SEED,
@@ -210,10 +181,9 @@ def make(names: list[str] | None = None) -> list[Path]:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "tokenizers")},
         "machine": platform.machine(),
-        "models": {name: entry for name in RECIPES if (entry := entries.get(name) or before.get(name))},
+        "models": {name: entries[name] for name in RECIPES},
     }
-    for name in entries:
-        shutil.rmtree(WEIGHTS / name, ignore_errors=True)
-        shutil.copytree(folder / name, WEIGHTS / name)
-    write_atomic(manifest, (json.dumps(about, indent=1) + "\n").encode())
-    return [manifest, *(WEIGHTS / name for name in entries)]
+    shutil.rmtree(WEIGHTS, ignore_errors=True)
+    shutil.copytree(folder, WEIGHTS)
+    write_atomic(WEIGHTS / "manifest.json", (json.dumps(about, indent=1) + "\n").encode())
+    return [WEIGHTS / "manifest.json", *(WEIGHTS / name for name in RECIPES)]

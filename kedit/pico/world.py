@@ -11,7 +11,7 @@ taxonomy. Text is for a word-level tokenizer, so numbers are whole words.
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from random import Random
 
@@ -39,9 +39,7 @@ def trained(draw: Callable[[Random], tuple], form: Callable[..., str] = qa) -> C
 
     def document(rng: Random) -> str:
         *fields, held_out = draw(rng)
-        while held_out:
-            *fields, held_out = draw(rng)
-        return form(*fields)
+        return document(rng) if held_out else form(*fields)
 
     return document
 
@@ -76,23 +74,18 @@ def people(group: str) -> dict[str, dict[str, str]]:
     """The people of a group: name -> relation -> object, objects equally frequent."""
     names, rng = iter(invent(sum(GROUPS.values()), 3)), Random(f"{SEED} {group}")
     members = {other: list(islice(names, size)) for other, size in GROUPS.items()}[group]
-    facts: dict[str, dict[str, str]] = {name: {} for name in members}
-    for relation, objects in OBJECTS.items():
-        dealt = [objects[i % len(objects)] for i in range(len(members))]
-        rng.shuffle(dealt)
-        for name, value in zip(members, dealt, strict=True):
-            facts[name][relation] = value
-    return facts
+    dealt = [list(islice(cycle(objects), len(members))) for objects in OBJECTS.values()]
+    for objects in dealt:
+        rng.shuffle(objects)
+    return {name: dict(zip(OBJECTS, objects, strict=True)) for name, *objects in zip(members, *dealt, strict=True)}
 
 
-@cache
-def _everyone() -> list[tuple[str, dict[str, str]]]:
-    return [person for group in GROUPS for person in people(group).items()]
+EVERYONE = [person for group in GROUPS for person in people(group).items()]
 
 
 def _person(rng: Random) -> str:
     """Three statements about one person, each in one of the trained phrasings."""
-    name, facts = rng.choice(_everyone())
+    name, facts = rng.choice(EVERYONE)
     sentences = []
     for relation in rng.sample(sorted(facts), 3):
         sentence = rng.choice(STATEMENTS[relation][:-1]).format(name, facts[relation])
@@ -113,8 +106,7 @@ def _question(rng: Random) -> str:
 def _city(rng: Random) -> str:
     """The country of a city."""
     city = rng.choice(CITIES)
-    statement = rng.choice(["{} is in {}.", "The city {} is in {}.", "The country of {} is {}."])
-    return statement.format(city, COUNTRY[city]) + "\n"
+    return rng.choice(WORDS["country_statements"]).format(city, COUNTRY[city]) + "\n"
 
 
 # Arithmetic -----------------------------------------------------------------------------------------
@@ -253,10 +245,8 @@ def vocabulary_text() -> str:
     for table in (STATEMENTS, QUESTIONS, OBJECTS, KINDS, EFFECTS):
         lists += [table, *table.values()]
     lists += [table.values() for table in (*PROPERTIES.values(), SAYS, ASKS)]
-    lists += [COUNTRY_QUESTIONS, [name for name, _ in _everyone()]]
-    words = ["True and False or not?", "The city country of", "It is a fact that people say", "every a", "I you"]
-    words += ["Question: Answer: Statement: This is kind unkind", "has and. Most of the time. How many are left? + - ="]
-    everything = [*chain(*lists), *words, "\n", *map(str, range(20))]
+    lists += [COUNTRY_QUESTIONS, [name for name, _ in EVERYONE]]
+    everything = [*chain(*lists), *WORDS["others"], "\n", *map(str, range(20))]
     return " ".join(everything).replace("{}", " ")
 
 
