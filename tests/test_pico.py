@@ -23,7 +23,7 @@ def training_text() -> str:
     """The documents of the training text and the tuning set, more of them than any model has read."""
     documents = [*islice(world.documents(world.BASE, "base"), 100_000)]
     words = sum(len(document.split()) for document in documents)  # fewer than tokens
-    assert words > train.RECIPES["pico-5m"].tokens
+    assert words > train.RECIPES["pico-5m"]["tokens"]
     documents += islice(world.documents(world.TUNING, "tuning"), 20_000)
     return "\n".join(documents)
 

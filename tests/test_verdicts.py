@@ -145,6 +145,7 @@ def test_the_slope_is_per_tenfold_size():
     assert inference.trend(found, sizes).slope[0].value == pytest.approx(0.2, abs=0.01)
 
 
+@pytest.mark.slow
 def test_rq4():
     alike = {"mini_gsm8k": 0.5, "mini_triviaqa": 0.5}
     chance = {"mini_mmlu": 0.25, "mini_bbh": 0.25, "mini_csqa": 0.2}
