@@ -28,8 +28,8 @@ def few_validations(tmp_path, monkeypatch):
 
 
 def drawn(lm, count=3):
-    rng, examples = random.Random(0), mend.Examples(lm, bundled("train")[:50])
-    return [examples.draw(rng) for _ in range(count)]
+    rng = random.Random(0)
+    return [mend.draw(lm, bundled("train")[:50], rng) for _ in range(count)]
 
 
 def ready(lm, hparams=HPARAMS):
@@ -176,12 +176,8 @@ def test_training_killed_and_resumed_is_training_uninterrupted(llama, monkeypatc
 
 def test_training_lowers_the_loss_and_its_artefact_is_the_same_each_time(llama, monkeypatch, tmp_path):
     hparams = replace(HPARAMS, steps=25, validate=25, cedit=1.0, lr=1e-2)
-    upper, examples, rng = (
-        UpperBlocks(llama, hparams.layers),
-        mend.Examples(llama, mend.bundled("train")),
-        random.Random(1),
-    )
-    some = [examples.draw(rng) for _ in range(24)]
+    upper, rng = UpperBlocks(llama, hparams.layers), random.Random(1)
+    some = [mend.draw(llama, mend.bundled("train"), rng) for _ in range(24)]
     network = HyperNetwork(upper.modules, hparams)
     before = mend.objective(upper, network, some, hparams).item()
     artefact, again = tmp_path / "artefact.safetensors", tmp_path / "again.safetensors"

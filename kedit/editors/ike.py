@@ -16,10 +16,8 @@ from torch import Tensor
 from kedit import KeditError
 from kedit.data.facts import bundled
 from kedit.data.requests import EditRequest, spaced
-from kedit.editors.encoder import Encoder
-from kedit.editors.protocol import Editor
-from kedit.editors.retrieval import Retrieval
-from kedit.model.journal import Edit, Entry
+from kedit.editors.retrieval import Encoder, RetrievalEditor
+from kedit.model.journal import Edit
 from kedit.model.memory import Route
 
 RATIO = {"retain": 4, "update": 3, "copy": 1}
@@ -54,16 +52,22 @@ def statement(prompt: str, target: str) -> str:
 
 def demonstration(fact: EditRequest, kind: str) -> str:
     """A fact and a prompt with its answer: how to copy, update or retain."""
-    prompt, answer = {
-        "retain": fact.neighbours[0],
-        "update": (fact.paraphrases[0], fact.target_new),
-        "copy": (fact.text, fact.target_new),
-    }[kind]
+    asked = {"copy": fact.text, "update": fact.paraphrases[0]}
+    prompt, answer = (asked[kind], fact.target_new) if kind in asked else fact.neighbours[0]
     return f"{statement(fact.text, fact.target_new)} {prompt}{spaced(answer, prompt)}\n\n"
 
 
-class Context(Retrieval):
-    """Edits with their demonstrations; the text of a prompt is put after those of the most similar edit."""
+class IKE(RetrievalEditor):
+    """Remember the edit: its prompt's embedding and the context to read before a prompt, chosen once."""
+
+    name = "ike"
+    style = ("#117733", "h", ":")
+    Hparams = Hparams
+
+    @torch.inference_mode(False)
+    def _prepare(self) -> None:
+        self.encoder, self.facts = Encoder(self.lm.device), bundled("train")
+        self.vectors = self.encoder([fact.text for fact in self.facts])
 
     def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Cosines."""
@@ -71,33 +75,10 @@ class Context(Retrieval):
 
     def route(self, body: Sequence[int], text: str, similarity: float, index: int) -> Route | None:
         """A prompt in scope is read by the same model, after demonstrations and edit."""
-        lm, scope = self.editor.lm, self.editor.hparams.scope
-        if scope >= 0 and similarity <= scope:
+        if self.hparams.scope >= 0 and similarity <= self.hparams.scope:
             return None
-        return Route(lm, (*lm.begin, *lm.encode(f"{self.entries[index]['context']} {text}")), group=index)
-
-
-class IKE(Editor):
-    """Remember the edit: its prompt's embedding and the context to read before a prompt, chosen once."""
-
-    name = "ike"
-    style = ("#117733", "h", ":")
-    Hparams = Hparams
-
-    def make_memory(self) -> Context:
-        """No edit yet."""
-        return Context(self)
-
-    def _prepare(self) -> None:
-        self.encoder = Encoder(self.lm.device)
-        self.facts = bundled("train")
-        with torch.inference_mode(False):
-            self.vectors = self.encoder([fact.text for fact in self.facts])
-
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors of texts, (texts, 384)."""
-        self.prepare()  # a journal can be replayed before the first edit
-        return self.encoder(texts)
+        context = self.memory.entries[index]["context"]
+        return Route(self.lm, (*self.lm.begin, *self.lm.encode(f"{context} {text}")), group=index)
 
     def demonstrations(self, request: EditRequest) -> str:
         """The k training facts most similar to the request as demonstrations, the most similar last.
@@ -106,6 +87,7 @@ class IKE(Editor):
         give the answers away.
         """
         tested = {request.text, *(prompt for prompt, _ in request.neighbours)}
+        # the prompt is embedded alone: its last bits depend on what is embedded with it
         similarity = (self.vectors @ self.embed([request.text])[0]).tolist()
         usable: list[tuple[int, float, EditRequest]] = []  # (nearer facts of its relation, similarity, fact)
         nearer: Counter[str] = Counter()
@@ -117,12 +99,9 @@ class IKE(Editor):
                 nearer[fact.relation] += 1
         chosen = sorted(usable, key=lambda one: one[0])[: self.hparams.k]  # stable: nearest first within a round
         facts = [fact for _, _, fact in sorted(chosen, key=lambda one: one[1])]
-        times = self.hparams.k // sum(RATIO.values())
-        kinds = [kind for kind, count in RATIO.items() for _ in range(count * times)]
+        kinds = [kind for kind, count in RATIO.items() for _ in range(count * self.hparams.k // sum(RATIO.values()))]
         return "".join(demonstration(fact, kind) for fact, kind in zip(facts, kinds, strict=True))
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
-        embedding = self.embed([request.text])[0]  # first, and alone: its last bits depend on what is embedded with it
         context = self.demonstrations(request) + statement(request.text, request.target_new)
-        edit.info |= self.memory.about(request.text, context)
-        edit.write(Entry(self.name, {"context": context, "embedding": embedding.cpu()}))
+        self.remember(edit, request, {"context": context})

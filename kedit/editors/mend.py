@@ -8,24 +8,20 @@ Neither a dense gradient nor an edited copy of W is ever formed, here or in trai
 the lowest edited one run once a text.
 """
 
-import hashlib
-import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from kedit import KeditError
-from kedit.data import facts
 from kedit.data.facts import bundled
 from kedit.data.requests import EditRequest
-from kedit.editors.cost import FLOAT, PROMPT, TARGET, Cost, Shape, reading
 from kedit.editors.training import ScoredText, TrainedEditor, Training, scored
 from kedit.model.anatomy import matrix
-from kedit.model.forward import Hook, capture, hooked, pad, skip_blocks, stop_after
+from kedit.model.forward import Hook, LookupText, Tail, hooked
 from kedit.model.journal import Edit, EditFailed, LowRank, Restore
 from kedit.model.lm import LM
 
@@ -82,7 +78,10 @@ def projections(lm: LM, layers: Sequence[int]) -> list[nn.Module]:
 
 
 class UpperBlocks:
-    """The model from the lowest edited block up; what enters that block is computed once a text, and kept."""
+    """The model from the lowest edited block up; what enters that block is computed once a text, and kept.
+
+    The tail that is run on from there is the whole text.
+    """
 
     def __init__(self, lm: LM, layers: Sequence[int]):
         self.lm, self.modules, self.below = lm, projections(lm, layers), min(layers) - 1
@@ -92,14 +91,11 @@ class UpperBlocks:
     def read(self, texts: Sequence[ScoredText]) -> None:
         """Run the blocks below on texts not yet read, those of like length together."""
         missing = sorted({text.ids for text in texts} - self._states.keys(), key=lambda ids: (len(ids), ids))
-        block = self.lm.anatomy.blocks[self.below]
         starts = range(0, len(missing), BATCH)
         for start in tqdm(starts, desc="reading MEND's texts", unit="batch", disable=len(starts) < 10):
             batch = missing[start : start + BATCH]
-            ids, mask = pad(batch, self.lm.device)
-            with capture(self.lm, {"block": block}, inputs=False) as seen, stop_after(block):
-                self.lm.anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False)
-            self._states |= {one: s[: len(one)].clone() for one, s in zip(batch, seen["block"], strict=True)}
+            states = Tail(self.lm, [LookupText(ids, 0) for ids in batch], [self.below]).states[self.below]
+            self._states |= {ids: some[: len(ids)].clone() for ids, some in zip(batch, states, strict=True)}
 
     def logprobs(self, texts: Sequence[ScoredText], updates: Factors = ()) -> Tensor:
         """Log-probabilities (N, vocabulary) where the texts' N scored tokens are predicted.
@@ -107,11 +103,10 @@ class UpperBlocks:
         With updates for B edits, text i is read by the model with update i modulo B.
         """
         self.read(texts)
-        ids, mask = pad([text.ids for text in texts], self.lm.device)
-        hooks = {m: _adding(*pair, len(texts)) for m, pair in zip(self.modules, updates, strict=False)}
-        with hooked(hooks), skip_blocks(self.lm.anatomy.blocks, self.below) as injected:
-            injected.states = nn.utils.rnn.pad_sequence([self._states[text.ids] for text in texts], batch_first=True)
-            hidden = self.lm.anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        tail = Tail(self.lm, [LookupText(text.ids, 0) for text in texts], [])
+        states = nn.utils.rnn.pad_sequence([self._states[text.ids] for text in texts], batch_first=True)
+        with hooked({m: _adding(*pair, len(texts)) for m, pair in zip(self.modules, updates, strict=False)}):
+            hidden = tail.run(self.below, states)
         rows, positions, _ = scored(texts)
         return self.lm.logits(hidden[rows, positions]).log_softmax(-1)
 
@@ -179,6 +174,12 @@ class Layer(nn.Module):
         return z + (self.scale[index] * (z @ self.v.T @ self.u.T + self.bias) + self.shift[index]).clamp(min=0)
 
 
+def live_rows(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows (B, T) have neither x nor g all zero, as padding has; those rows (N, in + out)."""
+    live = (x != 0).any(-1) & (g != 0).any(-1)
+    return live, torch.cat([x[live], g[live]], -1)
+
+
 class Transform(nn.Module):
     """(x, g) -> (x~, g~) for the projections of one shape: normalised, then two layers (section 3.2)."""
 
@@ -192,21 +193,23 @@ class Transform(nn.Module):
         self.register_buffer("squares", torch.zeros(width, dtype=torch.float64))
 
     @torch.no_grad()
-    def observe(self, rows: Tensor) -> None:
-        """Merge rows (N, in + out) into the running moments (Chan's form of Welford's)."""
-        rows, before = rows.double(), self.count.clone()
+    def observe(self, x: Tensor, g: Tensor) -> None:
+        """Merge the live rows of a projection's factors into the running moments (Chan's form of Welford's)."""
+        rows, before = live_rows(x, g)[1].double(), self.count.clone()
         self.count += len(rows)
         away = rows.mean(0) - self.mean
         self.mean += away * len(rows) / self.count
         self.squares += (rows - rows.mean(0)).square().sum(0) + away.square() * before * len(rows) / self.count
 
-    def forward(self, rows: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Raw rows (N, in + out) -> x~ (N, in), g~ (N, out)."""
+    def forward(self, x: Tensor, g: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Factors (B, T, in), (B, T, out) -> x~, g~ of the same shapes, zero where a row is not live."""
+        live, rows = live_rows(x, g)
         deviation = (self.squares / (self.count - 1).clamp(min=1)).sqrt() + 1e-7
         z = ((rows - self.mean) / deviation).float()
         for layer in self.layers:
             z = layer(z, index)
-        return z.split(self.widths, -1)
+        right, left = z.split(self.widths, -1)
+        return torch.zeros_like(x).index_put((live,), right), torch.zeros_like(g).index_put((live,), left)
 
 
 class HyperNetwork(nn.Module):
@@ -221,21 +224,15 @@ class HyperNetwork(nn.Module):
         )
         self.rates = nn.Parameter(torch.full((len(shapes),), -hparams.edit_lr))
         # each projection's transform, and its number among those of its shape
-        self.uses = [(f"{o}x{i}", shapes[:n].count((o, i))) for n, (o, i) in enumerate(shapes)]
+        self.uses = [(self.transforms[f"{o}x{i}"], shapes[:n].count((o, i))) for n, (o, i) in enumerate(shapes)]
 
     def forward(self, factors: Factors, observe: bool = False) -> Factors:
-        """(x, g) -> (x~, rate * g~); rows where x or g is all zero give none. ``observe`` updates the moments."""
-        live = [(x != 0).any(-1) & (g != 0).any(-1) for x, g in factors]
-        rows = [torch.cat([x[at], g[at]], -1) for (x, g), at in zip(factors, live, strict=True)]
+        """(x, g) -> (x~, rate * g~); ``observe`` updates the moments first."""
         if observe:
-            for (shape, _), raw in zip(self.uses, rows, strict=True):
-                self.transforms[shape].observe(raw)
-        updates = []
-        for (x, g), at, raw, (shape, index), rate in zip(factors, live, rows, self.uses, self.rates, strict=True):
-            right, left = self.transforms[shape](raw, index)
-            pair = (torch.zeros_like(x), right), (torch.zeros_like(g), rate * left)
-            updates.append(tuple(zeros.index_put((at,), values) for zeros, values in pair))
-        return updates
+            for (transform, _), pair in zip(self.uses, factors, strict=True):
+                transform.observe(*pair)
+        updates = [transform(*pair, index) for (transform, index), pair in zip(self.uses, factors, strict=True)]
+        return [(right, rate * left) for (right, left), rate in zip(updates, self.rates, strict=True)]
 
 
 # Training -------------------------------------------------------------------------------------------
@@ -245,36 +242,27 @@ Example = tuple[ScoredText, ScoredText, ScoredText]
 """An edit, a way to ask for it, and a text to be left alone."""
 
 
-class Examples:
-    """Training examples, drawn from records.
+def draw(lm: LM, records: Sequence[EditRequest], rng: random.Random) -> Example:
+    """One training example.
 
     The edit is asked for by its own prompt, three times in four, or a paraphrase: neighbours share the
     prompt's words, so trained on paraphrases alone it succeeds on them and not on its prompt. What is
     to be left alone is, half the time, the answer to a neighbour (same relation, same old object),
     otherwise a fact of another relation, scored throughout.
     """
+    record = rng.choice(records)
+    prompt = record.text if rng.random() < 0.75 else rng.choice(record.paraphrases)
+    edit, asked = (ScoredText.of(lm, text, record.target_new) for text in (record.text, prompt))
+    if rng.random() < 0.5:
+        return edit, asked, ScoredText.of(lm, *rng.choice(record.neighbours))
+    other = rng.choice([other for other in records if other.relation != record.relation])
+    return edit, asked, ScoredText.of(lm, other.text, other.target_true, whole=True)
 
-    def __init__(self, lm: LM, records: Sequence[EditRequest]):
-        self.records = records
-        self.edits = [ScoredText.of(lm, r.text, r.target_new) for r in records]
-        self.outers = [[ScoredText.of(lm, prompt, r.target_new) for prompt in r.paraphrases] for r in records]
-        self.neighbours = [[ScoredText.of(lm, *pair) for pair in r.neighbours] for r in records]
-        self.facts = [ScoredText.of(lm, r.text, r.target_true, whole=True) for r in records]
 
-    def texts(self) -> list[ScoredText]:
-        """Every text that can be drawn."""
-        return [*self.edits, *self.facts, *(text for texts in (*self.outers, *self.neighbours) for text in texts)]
-
-    def draw(self, rng: random.Random) -> Example:
-        """One example."""
-        index = rng.randrange(len(self.records))
-        edit = self.edits[index]
-        outer = edit if rng.random() < 0.75 else rng.choice(self.outers[index])
-        if rng.random() < 0.5:
-            return edit, outer, rng.choice(self.neighbours[index])
-        relation = self.records[index].relation
-        pairs = zip(self.facts, self.records, strict=True)
-        return edit, outer, rng.choice([fact for fact, record in pairs if record.relation != relation])
+def drawable(lm: LM, record: EditRequest) -> list[ScoredText]:
+    """Every text of a record that can be drawn."""
+    edits = [(prompt, record.target_new) for prompt in (record.text, *record.paraphrases)]
+    return [ScoredText.of(lm, *pair) for pair in (*edits, *record.neighbours, (record.text, record.target_true))]
 
 
 def objective(upper: UpperBlocks, network: HyperNetwork, examples: Sequence[Example], hparams: Hparams) -> Tensor:
@@ -288,6 +276,12 @@ def objective(upper: UpperBlocks, network: HyperNetwork, examples: Sequence[Exam
     return (hparams.cedit * nll(asked, outers) + hparams.cloc * divergence(before, after, locals_)).mean()
 
 
+def outcomes(lm: LM, record: EditRequest) -> list[ScoredText]:
+    """The new object after the prompt, a paraphrase and a neighbour's prompt, then the true one after each."""
+    prompts = record.text, record.paraphrases[0], record.neighbours[0][0]
+    return [ScoredText.of(lm, prompt, o) for o in (record.target_new, record.target_true) for prompt in prompts]
+
+
 @torch.no_grad()
 def validate(upper: UpperBlocks, network: HyperNetwork, hparams: Hparams) -> dict[str, float]:
     """Single edits of the validation split: loss, and how many succeed.
@@ -295,15 +289,7 @@ def validate(upper: UpperBlocks, network: HyperNetwork, hparams: Hparams) -> dic
     The loss is that of training, on the prompt, one paraphrase and the answer to one neighbour; success
     there is that of kedit/evaluation/success.py, teacher-forced.
     """
-    # for each record, new and true object after the prompt, a paraphrase and a neighbour's prompt
-    texts = [
-        [
-            ScoredText.of(upper.lm, prompt, target)
-            for target in (r.target_new, r.target_true)
-            for prompt in (r.text, r.paraphrases[0], r.neighbours[0][0])
-        ]
-        for r in bundled("validation")
-    ]
+    texts = [outcomes(upper.lm, record) for record in bundled("validation")]
     upper.read([text for record in texts for text in record])
     losses, successes = [], []
     for start in range(0, len(texts), hparams.accumulate):
@@ -316,12 +302,8 @@ def validate(upper: UpperBlocks, network: HyperNetwork, hparams: Hparams) -> dic
         losses.append(hparams.cedit * (new[0] + new[1]) / 2 + hparams.cloc * kl)
         successes.append(new < true)
     reliability, generalisation, broken = torch.cat(successes, 1).double().mean(1).tolist()
-    return {
-        "loss": torch.cat(losses).mean().item(),
-        "reliability": reliability,
-        "generalisation": generalisation,
-        "locality": 1 - broken,
-    }
+    loss = torch.cat(losses).mean().item()
+    return {"loss": loss, "reliability": reliability, "generalisation": generalisation, "locality": 1 - broken}
 
 
 # The editor -----------------------------------------------------------------------------------------
@@ -334,42 +316,23 @@ class MEND(TrainedEditor):
     style = ("#cc79a7", "v", "-")
     Hparams = Hparams
     edit_hparams = ("accumulate_edits",)
-
-    @classmethod
-    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
-        """One gradient an edit; a step of training reads the edit, its outcome and its locality, there and back."""
-        text = PROMPT + TARGET
-        matrices = len(hparams.layers) * shape.mlp
-        networks = hparams.rank * 4 * (shape.d + shape.m)
-        return Cost(
-            edit=reading(shape, text, text) * 2,
-            once=reading(shape, 4 * text, 4 * text) * (3 * hparams.steps * hparams.accumulate),
-            journal_bytes=7 * (shape.d + shape.m) * FLOAT * matrices,  # as many factors as the text has tokens
-            # originals; networks, their gradients and Adam's moments
-            device_bytes=matrices * 2 * FLOAT * shape.d * shape.m + 4 * FLOAT * networks,
-        )
-
-    @classmethod
-    def settings(cls, hparams: Hparams) -> str:
-        """As in ``TrainedEditor``, hashed as it was when the committed networks were trained."""
-        values = {name: value for name, value in asdict(hparams).items() if name not in cls.edit_hparams}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + facts.BUNDLED.read_bytes()).hexdigest()[:16]
+    names_settings = False
 
     @classmethod
     def training(cls, lm: LM, hparams: Hparams) -> Training:
         """Single edits of the train split, ``accumulate`` a step, and single edits of the validation split."""
-        upper, examples = UpperBlocks(lm, hparams.layers), Examples(lm, bundled("train"))
+        upper, records = UpperBlocks(lm, hparams.layers), bundled("train")
         network = HyperNetwork(upper.modules, hparams).to(lm.device)
 
-        def loss(rng: random.Random) -> dict[str, Tensor]:
-            drawn = [examples.draw(rng) for _ in range(hparams.accumulate)]
-            return {"loss": objective(upper, network, drawn, hparams)}
+        def loss(rng: random.Random) -> Tensor:
+            return objective(upper, network, [draw(lm, records, rng) for _ in range(hparams.accumulate)], hparams)
 
         return Training(
             tensors=network.state_dict(keep_vars=True),
             lr={name: hparams.lr_lr if name == "rates" else hparams.lr for name, _ in network.named_parameters()},
             loss=loss,
-            begin=lambda: upper.read(examples.texts()),  # at once: last bits depend on which are read together
+            # at once: last bits depend on which are read together
+            begin=lambda: upper.read([text for record in records for text in drawable(lm, record)]),
             every=hparams.validate,
             clip=hparams.clip,
             validate=lambda: validate(upper, network, hparams),
@@ -379,26 +342,22 @@ class MEND(TrainedEditor):
         self.network = HyperNetwork(projections(self.lm, self.hparams.layers), self.hparams).to(self.lm.device)
         self.network.load_state_dict(self.tensors(self.lm, self.hparams))
 
+    @torch.no_grad()
     def _apply(self, request: EditRequest, edit: Edit) -> None:
-        lm = self.lm
-        upper = UpperBlocks(lm, self.hparams.layers)
-        names = [lm.anatomy.name(module) for module in upper.modules]
-        if not self.hparams.accumulate_edits and lm.journal.edits:
+        upper = UpperBlocks(self.lm, self.hparams.layers)
+        names = [self.lm.anatomy.name(module) for module in upper.modules]
+        if not self.hparams.accumulate_edits and self.lm.journal.edits:
             for name in names:
                 edit.write(Restore(name))
-        factors, losses = upper.factors([ScoredText.of(lm, request.text, request.target_new)])
-        with torch.no_grad():
-            updates = self.network(factors)
-        changes, sizes = [], []
-        for name, module, (right, left) in zip(names, upper.modules, updates, strict=True):
+        factors, losses = upper.factors([ScoredText.of(self.lm, request.text, request.target_new)])
+        sizes = []
+        for name, module, (right, left) in zip(names, upper.modules, self.network(factors), strict=True):
             live = (right[0] != 0).any(-1)
             left, right = left[0, live].T.contiguous(), right[0, live].T.contiguous()
-            changes.append(LowRank(name, left, right))
             # |left right^T| from the small Gram matrices
             size = ((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt()
             sizes.append((size / matrix(module).norm().to(size)).item())
+            edit.write(LowRank(name, left, right))
         edit.info |= {"loss": losses.item(), "relative_change": max(sizes)}
         if not torch.tensor([losses.item(), *sizes]).isfinite().all():
             raise EditFailed("the update is not finite")
-        for change in changes:
-            edit.write(change)

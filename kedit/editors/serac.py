@@ -8,14 +8,14 @@ counterfactual model are trained once, by the paper's supervised objective (sect
 The paper trains a small language model and a DistilBERT. Here the counterfactual model is the model
 itself with its own normalisation weights, the only ones that are trained; the rest of it is the base
 model's, shared, not copied (so editing those weights by another method changes both). The classifier is
-a linear projection of a frozen sentence embedding (kedit/editors/encoder.py). What is trained is under 1 MB.
+a linear projection of a frozen sentence embedding (kedit/editors/retrieval.py). What is trained is under 1 MB.
 """
 
 import copy
 import random
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,10 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from kedit.data.facts import bundled, bundled_zsre
 from kedit.data.requests import EditRequest, spaced
-from kedit.editors.cost import PROMPT, Cost, Shape, reading
-from kedit.editors.encoder import WIDTH, Encoder
-from kedit.editors.retrieval import Retrieval
+from kedit.editors.retrieval import WIDTH, Encoder, RetrievalEditor
 from kedit.editors.training import ScoredText, TrainedEditor, Training, scored
 from kedit.model.forward import pad
-from kedit.model.journal import Edit, Entry
+from kedit.model.journal import Edit
 from kedit.model.lm import LM
 from kedit.model.memory import Route
 
@@ -79,12 +77,8 @@ def counterfactual(lm: LM) -> LM:
 
 def norms(lm: LM) -> dict[str, nn.Parameter]:
     """The normalisation weights of a model, by name."""
-    return {
-        f"{name}.{kind}": weight
-        for name, module in lm.model.named_modules()
-        if isinstance(module, NORMS)
-        for kind, weight in module.named_parameters(recurse=False)
-    }
+    modules = [(name, module) for name, module in lm.model.named_modules() if isinstance(module, NORMS)]
+    return {f"{name}.{kind}": weight for name, module in modules for kind, weight in module.named_parameters()}
 
 
 def statement(prompt: str, target: str) -> str:
@@ -95,48 +89,49 @@ def statement(prompt: str, target: str) -> str:
 # Training -------------------------------------------------------------------------------------------
 
 
-class Fact(NamedTuple):
-    """A training fact, and the ways to ask for it: its prompt, its paraphrases, its question."""
-
-    request: EditRequest
-    prompts: tuple[str, ...]
-
-    def edit_prompt(self, rng: random.Random) -> str:
-        """The prompt by which it is edited."""
-        return self.prompts[-1 if rng.random() < QUESTIONS else 0]
-
-
-def training_facts() -> list[Fact]:
-    """The bundled facts of the train split."""
+def training_facts() -> list[EditRequest]:
+    """The bundled facts of the train split, each with its question as the last paraphrase."""
     pairs = zip(bundled("train"), bundled_zsre("train"), strict=True)
-    return [Fact(fact, (fact.text, *fact.paraphrases, question.text)) for fact, question in pairs]
+    return [replace(fact, paraphrases=(*fact.paraphrases, question.text)) for fact, question in pairs]
 
 
-def scope_loss(projection: Tensor, encoder: Encoder, facts: Sequence[Fact], size: int, rng: random.Random) -> Tensor:
+def prompts(fact: EditRequest) -> tuple[str, ...]:
+    """The ways to ask for a training fact."""
+    return fact.text, *fact.paraphrases
+
+
+def edit_prompt(fact: EditRequest, rng: random.Random) -> str:
+    """The prompt by which a training fact is edited."""
+    return fact.paraphrases[-1] if rng.random() < QUESTIONS else fact.text
+
+
+def scope_loss(
+    projection: Tensor, encoder: Encoder, facts: Sequence[EditRequest], size: int, rng: random.Random
+) -> Tensor:
     """Balanced cross-entropy of "this prompt is about this edit" (paper, section 3.2).
 
     Facts come from a few relations, so that most negatives are hard: other subjects in the same words.
     """
-    relations: dict[str, list[Fact]] = {}
+    relations = defaultdict(list)
     for fact in facts:
-        relations.setdefault(fact.request.relation, []).append(fact)
+        relations[fact.relation].append(fact)
     chosen = [relations[name] for name in rng.sample(sorted(relations), min(4, len(relations)))]
     batch = [fact for some in chosen for fact in rng.sample(some, min(len(some), size // len(chosen)))]
-    edits = encoder([fact.edit_prompt(rng) for fact in batch]) @ projection.T
-    prompts = encoder([prompt for fact in batch for prompt in fact.prompts]) @ projection.T
-    owners = torch.tensor([n for n, fact in enumerate(batch) for _ in fact.prompts], device=prompts.device)
-    distances = (prompts.square().sum(1)[:, None] + edits.square().sum(1) - 2 * prompts @ edits.T).clamp(min=1e-6)
+    edits = encoder([edit_prompt(fact, rng) for fact in batch]) @ projection.T
+    asked = encoder([prompt for fact in batch for prompt in prompts(fact)]) @ projection.T
+    owners = torch.tensor([n for n, fact in enumerate(batch) for _ in prompts(fact)], device=asked.device)
+    distances = (asked.square().sum(1)[:, None] + edits.square().sum(1) - 2 * asked @ edits.T).clamp(min=1e-6)
     right = nn.functional.one_hot(owners, len(batch)).bool()
     wrong = -torch.log(-torch.expm1(-distances[~right].view(len(owners), -1)))  # -log(1 - similarity)
     return distances[right].mean() + wrong.topk(min(HARD, len(batch) - 1), 1).values.mean()
 
 
-def answer_loss(lm: LM, facts: Sequence[Fact], size: int, rng: random.Random) -> Tensor:
+def answer_loss(lm: LM, facts: Sequence[EditRequest], size: int, rng: random.Random) -> Tensor:
     """Mean negative log-likelihood a token of new objects, given the right edit and any way to ask for it."""
     texts = []
     for fact in rng.sample(facts, size):
-        prompt, target = rng.choice(fact.prompts), fact.request.target_new
-        texts.append(ScoredText.of(lm, prompt, target, before=statement(fact.edit_prompt(rng), target)))
+        prompt, edit = rng.choice(prompts(fact)), edit_prompt(fact, rng)
+        texts.append(ScoredText.of(lm, prompt, fact.target_new, before=statement(edit, fact.target_new)))
     ids, mask = pad([text.ids for text in texts], lm.device)
     hidden = lm.anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     rows, positions, labels = scored(texts)
@@ -146,23 +141,7 @@ def answer_loss(lm: LM, facts: Sequence[Fact], size: int, rng: random.Random) ->
 # The editor -----------------------------------------------------------------------------------------
 
 
-class Scope(Retrieval):
-    """Edits with their points in the projected space; those near enough to a prompt have it in their scope."""
-
-    def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """exp(-|query - key|^2)."""
-        return (-torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist").square()).exp()
-
-    def route(self, body: Sequence[int], text: str, similarity: float, index: int) -> Route | None:
-        """A prompt in scope goes to the counterfactual model, with the edit before it."""
-        lm, hp = self.editor.lm, self.editor.hparams
-        if similarity <= hp.threshold:
-            return None
-        ids = (*lm.begin, *lm.encode(self.entries[index]["text"]), *body)
-        return Route(self.editor.reader, ids, similarity if hp.soft else 1.0, index)
-
-
-class SERAC(TrainedEditor):
+class SERAC(RetrievalEditor, TrainedEditor):
     """Remember the edit: its text, and where its prompt lies in the projected space (embedded once).
 
     What is embedded is the prompt without the new object, which no later prompt will hold.
@@ -173,16 +152,6 @@ class SERAC(TrainedEditor):
     Hparams = Hparams
     edit_hparams = ("threshold", "soft")
 
-    def make_memory(self) -> Scope:
-        """No edit yet."""
-        return Scope(self)
-
-    @classmethod
-    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
-        """An edit costs nothing beside its embedding; training reads statements and prompts, there and back."""
-        step = reading(shape, 2 * PROMPT * hparams.batch, 2 * PROMPT * hparams.batch)
-        return Cost(once=step * (3 * hparams.steps))
-
     @classmethod
     def training(cls, lm: LM, hparams: Hparams) -> Training:
         """Both parts at once. Their losses share no weight, so the learning rates are all that weighs them."""
@@ -190,33 +159,40 @@ class SERAC(TrainedEditor):
         projection = nn.Parameter(hparams.scale * torch.eye(WIDTH, device=lm.device))
         weights = {name: weight.requires_grad_() for name, weight in norms(twin).items()}
 
-        def loss(rng: random.Random) -> dict[str, Tensor]:
+        def loss(rng: random.Random) -> Tensor:
             scope = scope_loss(projection, encoder, facts, hparams.scope_batch, rng)
-            return {"scope": scope, "answer": answer_loss(twin, facts, hparams.batch, rng)}
+            return scope + answer_loss(twin, facts, hparams.batch, rng)
 
         return Training(
             tensors={"projection": projection, **weights},
             lr={"projection": hparams.scope_lr, **dict.fromkeys(weights, hparams.lr)},
             loss=loss,
             # at once: last bits depend on which texts are embedded together
-            begin=lambda: encoder([prompt for fact in facts for prompt in fact.prompts]),
+            begin=lambda: encoder([prompt for fact in facts for prompt in prompts(fact)]),
             every=SAVE,
         )
 
+    @torch.inference_mode(False)
     def _prepare(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            tensors = self.tensors(self.lm, self.hparams)
-            self.encoder, self.reader = Encoder(self.lm.device), counterfactual(self.lm)
-            self.projection = tensors["projection"].to(self.lm.device)
-            for name, weight in norms(self.reader).items():
-                weight.copy_(tensors[name])
+        tensors = self.tensors(self.lm, self.hparams)
+        self.encoder, self.reader = Encoder(self.lm.device), counterfactual(self.lm)
+        self.projection = tensors["projection"].to(self.lm.device)
+        self.reader.model.load_state_dict(tensors, strict=False)  # the rest of it is the base model's
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Texts in the space where squared distance says what is in scope: (texts, 384)."""
-        self.prepare()  # a journal can be replayed before the first edit
-        return self.encoder(texts) @ self.projection.T
+        return super().embed(texts) @ self.projection.T
+
+    def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """exp(-|query - key|^2)."""
+        return (-torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist").square()).exp()
+
+    def route(self, body: Sequence[int], text: str, similarity: float, index: int) -> Route | None:
+        """A prompt in scope goes to the counterfactual model, with the edit before it."""
+        if similarity <= self.hparams.threshold:
+            return None
+        ids = (*self.lm.begin, *self.lm.encode(self.memory.entries[index]["text"]), *body)
+        return Route(self.reader, ids, similarity if self.hparams.soft else 1.0, index)
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
-        text = statement(request.text, request.target_new)
-        edit.info |= self.memory.about(request.text, text)
-        edit.write(Entry(self.name, {"text": text, "embedding": self.embed([request.text])[0].cpu()}))
+        self.remember(edit, request, {"text": statement(request.text, request.target_new)})

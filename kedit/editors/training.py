@@ -9,7 +9,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,69 +74,64 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 # The loop -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Training:
-    """What is trained, and how.
+    """What is trained, and how: by Adam. A checkpoint holds all of it.
 
     Attributes:
         tensors: all that changes, by name: parameters, and running moments if there are any.
         lr: the first learning rate of each parameter, by name; all fall linearly to zero.
-        loss: the terms of a step's loss, whose sum is minimised; examples are drawn by the given generator,
-            which depends on the seed and the step's number alone.
+        loss: a step's loss; examples are drawn by the given generator, which depends on the seed and the step's
+            number alone.
         begin: what to do before the first step of this process.
         every: steps between checkpoints, and between validations.
         clip: largest norm of the gradient.
         validate: numbers on held-out examples; the state with the least ``loss`` among them is the result.
             Without it the last state is.
+        step, least, best: steps done; the least validated loss, and the state that had it.
     """
 
     tensors: Mapping[str, Tensor]
     lr: Mapping[str, float]
-    loss: Callable[[random.Random], dict[str, Tensor]]
+    loss: Callable[[random.Random], Tensor]
     begin: Callable[[], Any]
     every: int
-    clip: float | None = None
+    clip: float = float("inf")
     validate: Callable[[], dict[str, float]] | None = None
+    step: int = 0
+    least: float = float("inf")
+    best: dict[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self):
+        self.optimiser = torch.optim.Adam([{"params": [self.tensors[name]]} for name in self.lr])
 
-class Trainer:
-    """A training under way, by Adam; its checkpoint holds all of it.
-
-    Args:
-        hparams: with ``steps`` and ``seed``.
-    """
-
-    def __init__(self, training: Training, hparams: Any, editor: type[Editor], checkpoint: Path):
-        self.training, self.hparams, self.editor, self.checkpoint = training, hparams, editor, checkpoint
-        self.parameters = {name: training.tensors[name] for name in training.lr}
-        self.optimiser = torch.optim.Adam([{"params": [parameter]} for parameter in self.parameters.values()])
-        self.best: dict[str, Tensor] = {}
-        self.step, self.least = 0, float("inf")
-        if checkpoint.exists():
-            self._load()
-
-    def _save(self) -> None:
-        adam = {f"adam/{name}": self.optimiser.state[parameter] for name, parameter in self.parameters.items()}
-        parts = {"now": self.training.tensors, "best": self.best, **adam}
+    def save(self, checkpoint: Path, method: str) -> None:
+        """Write all that ``load`` needs to go on: parts of tensors, as ``part/name``."""
+        adam = {f"adam/{index}": state for index, state in self.optimiser.state_dict()["state"].items()}
+        parts = {"now": self.tensors, "best": self.best, **adam}
         tensors = {f"{part}/{name}": tensor for part, some in parts.items() for name, tensor in some.items()}
-        save(self.checkpoint, self.editor.name, tensors, {"step": self.step, "least": self.least})
+        save(checkpoint, method, tensors, {"step": self.step, "least": self.least})
 
     @torch.no_grad()
-    def _load(self) -> None:
-        tensors, about = load(self.checkpoint)
-        self.step, self.least = about["step"], about["least"]
-        parts: dict[str, dict[str, Tensor]] = {"best": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.rpartition("/")
-            parts.setdefault(part, {})[rest] = tensor
-        for name, tensor in self.training.tensors.items():
-            tensor.copy_(parts["now"][name])
-        self.best = parts["best"]
-        adam = {index: parts[f"adam/{name}"] for index, name in enumerate(self.parameters)}
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint."""
+        tensors, about = load(checkpoint)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+        for name, tensor in part("now/").items():
+            self.tensors[name].copy_(tensor)
+        self.step, self.least, self.best = about["step"], about["least"], part("best/")
+        adam = {index: part(f"adam/{index}/") for index in range(len(self.lr))}
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": adam})
 
-    def run(self) -> dict[str, Tensor]:
+    def run(self, editor: type[Editor], hparams: Any, checkpoint: Path) -> dict[str, Tensor]:
         """Train to the last step.
+
+        Args:
+            editor: whose tensors they are.
+            hparams: with ``steps`` and ``seed``.
 
         Returns:
             the best state, or the last one where nothing is validated.
@@ -144,42 +139,41 @@ class Trainer:
         Raises:
             KeditError: the training diverged.
         """
-        training, label, steps = self.training, self.editor.label, self.hparams.steps
+        steps = hparams.steps
         if self.step < steps:
-            training.begin()
-            bar = tqdm(
-                range(self.step, steps), f"training {label}", steps, initial=self.step, unit="step", mininterval=1
-            )
+            self.begin()
+            bar = tqdm(range(self.step, steps), f"training {editor.label}", steps, initial=self.step, unit="step")
             for step in bar:
-                bar.set_postfix(self._update(step), refresh=False)
+                loss = self.update(1 - step / steps, random.Random(f"{hparams.seed}/{step}"))
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 self.step = step + 1
-                if self.step % training.every == 0 or self.step == steps:
-                    self._validate()
-                    self._save()
-        result = self.best if training.validate else {name: t.detach() for name, t in training.tensors.items()}
+                if self.step % self.every == 0 or self.step == steps:
+                    self.keep_best(editor.label)
+                    self.save(checkpoint, editor.name)
+        result = self.best if self.validate else {name: tensor.detach() for name, tensor in self.tensors.items()}
         if not result or not all(tensor.isfinite().all() for tensor in result.values()):
-            raise KeditError(f"training {label} diverged; lower the rates in params/methods/{self.editor.name}.yaml.")
+            raise KeditError(f"training {editor.label} diverged; lower the rates in params/methods/{editor.name}.yaml.")
         return result
 
-    def _update(self, step: int) -> dict[str, str]:
-        """One step of Adam; the terms of its loss, to be shown."""
-        for group, lr in zip(self.optimiser.param_groups, self.training.lr.values(), strict=True):
-            group["lr"] = lr * (1 - step / self.hparams.steps)
+    def update(self, rate: float, rng: random.Random) -> float:
+        """One step of Adam at ``rate`` times the first learning rates; its loss."""
+        for group, lr in zip(self.optimiser.param_groups, self.lr.values(), strict=True):
+            group["lr"] = lr * rate
         self.optimiser.zero_grad()
-        terms = self.training.loss(random.Random(f"{self.hparams.seed}/{step}"))
-        sum(terms.values()).backward()
-        if self.training.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.training.clip)
+        loss = self.loss(rng)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([self.tensors[name] for name in self.lr], self.clip)
         self.optimiser.step()
-        return {name: f"{term.item():.3f}" for name, term in terms.items()}
+        return loss.item()
 
-    def _validate(self) -> None:
-        if self.training.validate:
-            numbers = self.training.validate()
-            log.info("%s, step %d, validation: %s", self.editor.label, self.step, json.dumps(numbers))
+    def keep_best(self, label: str) -> None:
+        """Validate, and keep the state if it is the best so far."""
+        if self.validate:
+            numbers = self.validate()
+            log.info("%s, step %d, validation: %s", label, self.step, json.dumps(numbers))
             if numbers["loss"] < self.least:
                 self.least = numbers["loss"]
-                self.best = {name: tensor.detach().clone() for name, tensor in self.training.tensors.items()}
+                self.best = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
 
 # The editor -----------------------------------------------------------------------------------------
@@ -191,6 +185,8 @@ class TrainedEditor(Editor):
     trained = True
     edit_hparams: ClassVar[tuple[str, ...]] = ()
     """Hyper-parameters of the edits alone, on which the training does not depend."""
+    names_settings: ClassVar[bool] = True
+    """Whether the hash of the settings holds the method's name; MEND's committed networks are known by one without."""
 
     @classmethod
     def training(cls, lm: LM, hparams: Any) -> Training:
@@ -201,7 +197,10 @@ class TrainedEditor(Editor):
     def settings(cls, hparams: Any) -> str:
         """Hash of what the training depends on besides the model: its hyper-parameters and the bundled facts."""
         values = {name: value for name, value in asdict(hparams).items() if name not in cls.edit_hparams}
-        return digest(cls.name, values, hashlib.sha256(facts.BUNDLED.read_bytes()).hexdigest())[:16]
+        bundled = facts.BUNDLED.read_bytes()
+        if not cls.names_settings:
+            return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + bundled).hexdigest()[:16]
+        return digest(cls.name, values, hashlib.sha256(bundled).hexdigest())[:16]
 
     @classmethod
     def identity(cls, lm: LM, hparams: Any) -> dict[str, str]:
@@ -234,10 +233,12 @@ class TrainedEditor(Editor):
         """
         identity = cls.identity(lm, hparams)
         checkpoint = cache_folder().joinpath(cls.name, *identity.values(), "training.safetensors")
-        trainer = Trainer(cls.training(lm, hparams), hparams, cls, checkpoint)
-        if lm.journal.edits and trainer.step < hparams.steps:
+        training = cls.training(lm, hparams)
+        if checkpoint.exists():
+            training.load(checkpoint)
+        if lm.journal.edits and training.step < hparams.steps:
             raise RuntimeError(f"{cls.label} is trained on the unedited model; undo the edits first")
-        tensors = trainer.run()
+        tensors = training.run(cls, hparams, checkpoint)
         if artefact:
             save(artefact, cls.name, tensors, identity)
         return tensors
