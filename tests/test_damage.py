@@ -197,11 +197,11 @@ def test_a_codebook_in_scope_damages_the_states_above_it(lm, text):
 
 def test_passages_are_not_those_of_the_second_moments(llama, text):
     used = {tuple(ids[:64]) for ids in sequences(llama, text["text"], 2048)}
-    passages = {tuple(ids) for ids in held_out(llama, text["text"], 3, 2048)}
+    passages = {tuple(ids) for ids in held_out(llama, text["text"], 2048, 3)}
     assert len(passages) == 3
     assert not used & passages
     with pytest.raises(KeditError, match="fewer than"):
-        held_out(llama, text["text"], 300, 2048)
+        held_out(llama, text["text"], 2048, 300)
 
 
 def test_the_verdict_follows_the_correlations():

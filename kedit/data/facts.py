@@ -155,10 +155,9 @@ def located(name: str) -> Path | None:
     if (mirror := hub.mirror()) is None:
         return None
     files = PUBLISHED[name]["files"]
-    for folder in (mirror / "edits", mirror.parent / "edits"):
-        for pattern in files:
-            if found := sorted(folder.glob(pattern)):
-                return found[0]
+    folders = (mirror / "edits", mirror.parent / "edits")
+    if found := [path for folder in folders for pattern in files for path in sorted(folder.glob(pattern))]:
+        return found[0]
     raise KeditError(
         f"edit set {name!r}: KEDIT_MIRROR has no edits/{files[0]} within or beside it; put the file there, or give "
         "edit_set.path."

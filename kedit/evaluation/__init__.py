@@ -47,5 +47,5 @@ class Examiner:
         if name == "edit":
             return success.measure(self.lm, requests, self.guesses)
         if name == "structure":
-            return damage.measure(self.lm, text, skip=tokens, unedited=self._unedited)
+            return damage.measure(self.lm, text, tokens, unedited=self._unedited)
         return harness.evaluate(self.lm, name, None if name in MEASURES else limit, self.guesses)

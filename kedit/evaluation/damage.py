@@ -12,7 +12,7 @@ writes into them (GRACE does; SERAC and IKE have another reader or another text 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 from itertools import islice
@@ -29,8 +29,6 @@ from kedit.model.memory import Route, routes
 PASSAGE, PROMPT = 64, 16
 """Tokens read of each passage, begin token included, and how many of them are its prompt."""
 PASSAGES = 24
-MOMENTS = 98_304
-"""Tokens of the same text that second moments are taken over by default; passages come after them."""
 
 
 # Weights --------------------------------------------------------------------------------------------
@@ -67,30 +65,26 @@ def effective_rank(values: Tensor) -> float:
     return torch.special.entr(shares).sum().exp().item()
 
 
-def _weights(lm: LM, unedited: "Unedited") -> list[dict[str, Any]]:
-    items = []
+def _weights(lm: LM, unedited: "Unedited") -> Iterator[dict[str, Any]]:
     for module in lm.journal.edited():
         before, after = lm.journal.original(module).double(), lm.model.get_submodule(module).weight.double()
         change = after - before
         was, now, moved = unedited.singular_values(module), singular_values(after), singular_values(change, small=False)
-        items.append(
-            {
-                "kind": "weight",
-                "id": module,
-                "relative": (change.norm() / before.norm()).item(),
-                "spectral": (now[0] / was[0]).item(),
-                "spectral_change": (moved[0] / was[0]).item(),
-                "condition": (now[0] / now[-1] / (was[0] / was[-1])).item(),
-                "effective_rank": effective_rank(moved),
-            }
-        )
-    return items
+        yield {
+            "kind": "weight",
+            "id": module,
+            "relative": (change.norm() / before.norm()).item(),
+            "spectral": (now[0] / was[0]).item(),
+            "spectral_change": (moved[0] / was[0]).item(),
+            "condition": (now[0] / now[-1] / (was[0] / was[-1])).item(),
+            "effective_rank": effective_rank(moved),
+        }
 
 
 # Text -----------------------------------------------------------------------------------------------
 
 
-def held_out(lm: LM, text: str = "wikipedia-sample", passages: int = PASSAGES, skip: int = MOMENTS) -> list[list[int]]:
+def held_out(lm: LM, text: str, skip: int, passages: int = PASSAGES) -> list[list[int]]:
     """Passages of 64 token ids, one from each 512-token sequence after those that second moments use.
 
     Args:
@@ -173,11 +167,7 @@ def _passage(lm: LM, ids: Sequence[int], before: Tensor, route: Route | None) ->
 
 @torch.inference_mode()
 def measure(
-    lm: LM,
-    text: str = "wikipedia-sample",
-    passages: int = PASSAGES,
-    skip: int = MOMENTS,
-    unedited: Unedited | None = None,
+    lm: LM, text: str, skip: int, passages: int = PASSAGES, unedited: Unedited | None = None
 ) -> list[dict[str, Any]]:
     """Damage to the model as it is now, against the unedited one; ``held_out`` explains the arguments.
 
@@ -195,7 +185,7 @@ def measure(
       whether a memory took the prompt over.
     """
     unedited = unedited or Unedited(lm)
-    texts = unedited.held_out(text, passages, skip)
+    texts = unedited.held_out(text, skip, passages)
     taken = routes(lm, list(dict.fromkeys(tuple(ids[:PROMPT]) for ids in texts)))
     read = [_passage(lm, ids, unedited.states(tuple(ids)), taken.get(tuple(ids[:PROMPT]))) for ids in texts]
     cosine, l2 = torch.stack([drift for _, drift in read]).mean(0).tolist()

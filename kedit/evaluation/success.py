@@ -44,11 +44,10 @@ def measure(lm: LM, requests: Sequence[EditRequest], guesses: Drafts | None = No
     scores, texts = read(lm, pairs, contexts, longest + 1, lambda _, tokens: tokens[-1] == newline, guesses)
     means = [round(total / len(target), 4) for (total, _), (_, target) in zip(scores, pairs, strict=True)]
     items = []
-    for index, (name, kind, _, new, true) in enumerate(asked):
-        item = Item(id=name, kind=kind, new=means[2 * index], true=means[2 * index + 1])
-        item["text"] = lm.tokenizer.decode(texts[index], skip_special_tokens=True)
-        item["says"] = "new" if says(item["text"], new) else "true" if says(item["text"], true) else "other"
-        items.append(item)
+    for (name, kind, _, new, true), tokens, *logprobs in zip(asked, texts, means[::2], means[1::2], strict=True):
+        text = lm.tokenizer.decode(tokens, skip_special_tokens=True)
+        said = "new" if says(text, new) else "true" if says(text, true) else "other"
+        items.append(Item(id=name, kind=kind, new=logprobs[0], true=logprobs[1], text=text, says=said))
     return items
 
 

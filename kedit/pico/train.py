@@ -9,8 +9,7 @@ import json
 import math
 import platform
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from importlib.metadata import version
 from itertools import count, islice, repeat
@@ -41,20 +40,8 @@ IGNORED = -100
 """Label of a token that is not learned."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One model: its shape, its peak learning rate, the tokens it reads, and the model it is tuned from, if any."""
-
-    width: int
-    layers: int
-    heads: int
-    lr: float
-    tokens: int
-    start: str | None
-
-
-FAMILY = yaml.safe_load(Path(__file__).with_name("family.yaml").read_text())
-RECIPES = {name: Recipe(**fields) for name, fields in FAMILY.items()}
+RECIPES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("family.yaml").read_text())
+"""The models, each with its ``shape``, peak learning rate ``lr``, ``tokens`` it reads and ``start``, if it is tuned."""
 
 
 @cache
@@ -89,20 +76,17 @@ def sequences(tuning: bool = False) -> Iterator[tuple[list[int], list[int]]]:
             ids, labels = [separator], [IGNORED]
 
 
-def configuration(recipe: Recipe) -> GPTNeoXConfig:
-    """A model's shape."""
+def configuration(recipe: Mapping[str, Any]) -> GPTNeoXConfig:
+    """A model's configuration."""
     separator = tokenizer().bos_token_id
     return GPTNeoXConfig(
         vocab_size=len(tokenizer()),
-        hidden_size=recipe.width,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        intermediate_size=4 * recipe.width,
         max_position_embeddings=LENGTH,
         rotary_pct=0.5,
         tie_word_embeddings=True,
         bos_token_id=separator,
         eos_token_id=separator,
+        **recipe["shape"],
     )
 
 
@@ -121,18 +105,18 @@ def train(
     torch.set_num_threads(1)
     torch.manual_seed(world.SEED)
     recipe = RECIPES[name]
-    if recipe.start:
-        model = GPTNeoXForCausalLM.from_pretrained(folder / recipe.start, dtype=torch.float32)
+    if recipe["start"]:
+        model = GPTNeoXForCausalLM.from_pretrained(folder / recipe["start"], dtype=torch.float32)
     else:
         model = GPTNeoXForCausalLM(configuration(recipe))
     model.train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
-    steps = recipe.tokens // (BATCH * LENGTH)
+    optimiser = torch.optim.AdamW(groups, lr=recipe["lr"], betas=(0.9, 0.98))
+    steps = recipe["tokens"] // (BATCH * LENGTH)
     schedule = LambdaLR(optimiser, lambda i: min((i + 1) / WARMUP, (1 + math.cos(math.pi * i / steps)) / 2))
-    losses, texts = [], sequences(tuning=bool(recipe.start))
+    losses, texts = [], sequences(tuning=bool(recipe["start"]))
     progress = tqdm(range(min(stop or steps, steps)), desc=f"{name:<18}", position=bar, mininterval=1)
     for _ in progress:
         ids, labels = (torch.tensor(part) for part in zip(*islice(texts, BATCH), strict=True))
@@ -155,7 +139,7 @@ def _train_and_save(name: str, folder: Path, bar: int) -> dict[str, Any]:
     tokenizer().save_pretrained(folder / name)
     return {
         "parameters": model.num_parameters(),
-        **asdict(RECIPES[name]),
+        **RECIPES[name],
         "first_losses": [round(loss, 5) for loss in losses[:20]],
         "losses": [round(fmean(losses[i : i + 50]), 4) for i in range(0, len(losses), 50)],
         "sha256": {
@@ -171,7 +155,7 @@ def make() -> list[Path]:
     entries: dict[str, dict[str, Any]] = {}
     with workers.pool(workers.cores()) as (pool, _):
         for tuned in (False, True):  # what others are tuned from comes first, and of those the largest
-            names = [name for name in reversed(RECIPES) if bool(RECIPES[name].start) == tuned]
+            names = [name for name in reversed(RECIPES) if bool(RECIPES[name]["start"]) == tuned]
             entries |= zip(names, pool.map(_train_and_save, names, repeat(folder), count()), strict=True)
     about = {
         "command": "make pico",

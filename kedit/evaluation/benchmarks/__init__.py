@@ -15,12 +15,11 @@ The ``metadata`` of a task file say what the rest of kedit must know of a benchm
 - ``chat``: asked in the model's chat template; ``keep``: what the task says of an answer, kept in place of its text
 """
 
-import hashlib
 import json
 import logging
 from functools import cache
 from importlib.metadata import version
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import yaml
 
 from kedit.evaluation.benchmarks import stock
 from kedit.registry import load_object, registered, unknown
+from kedit.store import digest
 
 HERE = Path(__file__).parent
 PAPER: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "paper.yaml").read_text())
@@ -92,17 +92,17 @@ def fingerprint(name: str) -> str:
 
     Of the paper suite: lm-eval's version, our settings, every item and the exemplars, wherever they came from.
     """
-    digest = hashlib.sha256(json.dumps(config := _config(name), sort_keys=True).encode())
+    config = _config(name)
     if name in PAPER:
-        digest.update(version("lm-eval").encode())
+        parts = [version("lm-eval")]
         for subtask, task in tasks(name).items():
             shown = islice(task.fewshot_docs() or (), task.config.num_fewshot)
-            digest.update(json.dumps([subtask, list(shown), list(task.eval_docs)], sort_keys=True).encode())
-        return digest.hexdigest()[:16]
-    file = config.get("dataset_kwargs", {}).get("file")
-    for path in [*([_located(file)] if file else []), *sorted(known()[name].parent.glob("*.py"))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+            parts += [subtask, list(shown), list(task.eval_docs)]
+    else:
+        file = config.get("dataset_kwargs", {}).get("file")
+        paths = [*([_located(file)] if file else []), *sorted(known()[name].parent.glob("*.py"))]
+        parts = [path.read_text(encoding="utf-8") for path in paths]
+    return digest(config, *parts)[:16]
 
 
 @cache
@@ -158,9 +158,7 @@ def shares(name: str, limit: int | None) -> dict[str, int]:
     group scores). Each task gives its first items, as with lm-eval's ``--limit``.
     """
     sizes = {subtask: len(task.eval_docs) for subtask, task in tasks(name).items()}
-    total, seen, found = sum(sizes.values()), 0, {}
+    total = sum(sizes.values())
     limit = min(limit or total, total)
-    for subtask, size in sizes.items():
-        found[subtask] = (seen + size) * limit // total - seen * limit // total
-        seen += size
-    return found
+    shared_out = [seen * limit // total for seen in accumulate(sizes.values(), initial=0)]
+    return {subtask: end - start for subtask, (start, end) in zip(sizes, pairwise(shared_out), strict=True)}

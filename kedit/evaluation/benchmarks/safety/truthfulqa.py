@@ -4,11 +4,6 @@ import math
 from typing import Any
 
 
-def true_answers(doc: dict[str, Any]) -> list[int]:
-    """Places of the true answers among the true and the false; the best comes first."""
-    return list(range(len(doc["correct_answers"])))
-
-
 def mc(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
     """MC1: is the best answer likelier than every false one?  MC2: the true answers' share of the probability."""
     likelihoods = [lp for lp, _ in results]
