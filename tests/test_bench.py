@@ -84,4 +84,4 @@ def test_the_gpu_bench_measures_a_small_model_here(monkeypatch):
 def test_the_gpu_benchs_model_has_llamas_shape():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(bench_gpu.llama2_7b())
-    assert sum(weight.numel() for weight in model.parameters()) == plan.known_shapes()[bench_gpu.NAME].parameters
+    assert sum(weight.numel() for weight in model.parameters()) == plan.shape_of(bench_gpu.NAME).parameters

@@ -1,22 +1,40 @@
-"""The plan against hand counts, real configurations, and a real run's store; and the refusals."""
+"""The plan: counts by hand, hours against committed runs, shapes against real configurations; and the refusals."""
 
 import copy
-import dataclasses
+import json
+from itertools import pairwise
+from math import isnan
 
 import pytest
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
+from transformers import MistralConfig
 
 import kedit
 from kedit import KeditError
 from kedit.data import facts
 from kedit.editors import kind_of, make_hparams
 from kedit.evaluation import benchmarks
-from kedit.pico.train import RECIPES, configuration
-from kedit.store import Store, runs_folder
+from kedit.store import Store
 from kedit.study import plan
 from kedit.study.params import Params
 
 FILES = sorted((kedit.ROOT / "params").glob("rq*/*.yaml"))
+PARAMETERS = {
+    "gpt2-xl": 1557611200, "EleutherAI/pythia-160m": 162322944, "EleutherAI/pythia-410m": 405334016,
+    "EleutherAI/pythia-1b": 1011781632, "EleutherAI/pythia-2.8b": 2775208960, "EleutherAI/pythia-6.9b": 6857302016,
+    "EleutherAI/pythia-12b": 11846072320, "meta-llama/Llama-2-7b-hf": 6738415616,
+    "mistralai/Mistral-7B-v0.1": 7241732096,
+}  # fmt: skip
+"""As published."""
+
+
+def grid(**changes):
+    values = {"models": ["smollm2-135m-instruct"], "methods": ["rome"], "edits": [0, 10], "benchmarks": ["mini_csqa"]}
+    return Params.make("rq1", "x", values | changes)
+
+
+def seconds(params):
+    """(edits, cells, once) of each method on each model."""
+    return [row[1] for model in params.models for row in plan.rows(params, model, plan.shape_of(model))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -30,17 +48,17 @@ def test_every_parameter_file_has_a_plan(path, monkeypatch, tmp_path):
     assert len(params.hparams()) == len(params.models) * len(params.methods)
     for model in params.models:
         assert sum(line.startswith(f"{model} ") for line in text.splitlines()) == len(params.methods)
-        if plan.known_shapes()[model].gated:
-            assert f"Gated, needs access: {params.models[0]}" in text
+        gated = [line for line in text.splitlines() if line.startswith("Gated, needs access: ") and model in line]
+        assert bool(gated) == plan.KNOWN.get(model, {}).get("gated", False)
 
 
 @pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "alphaedit", "pmet", "kn", "mend", "ft-l", "ft-m",
                                     "grace", "serac", "ike"])  # fmt: skip
-@pytest.mark.parametrize("model", [name for name in plan.known_shapes() if not name.startswith("pico-")])
+@pytest.mark.parametrize("model", plan.KNOWN)
 def test_every_method_has_hyper_parameters_for_every_known_model(method, model):
     hparams = make_hparams(kind_of(method), model)
     layers = getattr(hparams, "layers", None) or [getattr(hparams, "layer", 0)]
-    assert 0 <= min(layers) <= max(layers) < plan.known_shapes()[model].layers
+    assert 0 <= min(layers) <= max(layers) < plan.shape_of(model).layers
 
 
 def test_the_count_of_a_small_grid():
@@ -53,14 +71,39 @@ def test_the_count_of_a_small_grid():
     assert "12 trajectories of 5 edits: 60 edits; 80 cells" in text  # 2 x (3 x 2 x 2 x 3 + 2 + 2)
 
 
-def test_committed_training_costs_nothing_and_other_training_does():
-    grid = {"models": ["smollm2-135m-instruct"], "edits": [0, 1], "benchmarks": ["mini_csqa"]}
-    once = [
-        plan.plan(Params.make("rq1", "x", {**grid, "methods": [method]})).split("mend ")[1].split("|")[0].split()[-2:]
-        for method in ("mend", {"method": "mend", "variant": "longer", "hparams": {"steps": 900}})
-    ]
-    assert once[0] == ["0", "s"]
-    assert once[1] != ["0", "s"]
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m-all", "smollm2-135m-long", "smollm2-135m-paper"])
+def test_measured_runs_take_what_they_took(name):
+    params = Params.read(kedit.ROOT / "params" / "rq1" / f"{name}.yaml")
+    manifest = json.loads((kedit.ROOT / "figures" / "rq1" / name / "manifest.json").read_text())
+    planned = sum(edits + cells for edits, cells, _ in seconds(params))
+    assert 1 / 1.5 < planned / manifest["work_seconds"] < 1.5
+
+
+def test_hours_grow_with_models_edits_contexts_and_items():
+    def rome(contexts=5, **changes):
+        hparams = {"steps": 24, "context_lengths": [[10, contexts]]}
+        return grid(methods=[{"method": "rome", "variant": "alike", "hparams": hparams}], **changes)
+
+    names = sorted(["pico-0.1m", "smollm2-135m-instruct", *PARAMETERS], key=lambda name: plan.shape_of(name).parameters)
+    for kind, line in (
+        (0, [rome(models=[name]) for name in names]),
+        (1, [rome(models=[name]) for name in names]),
+        (0, [rome(edits=[0, count]) for count in (10, 20, 40)]),
+        (1, [rome(edits=list(range(count))) for count in (2, 4, 8)]),
+        (0, [rome(contexts=count) for count in (2, 5, 20)]),
+        (1, [rome(limit=count) for count in (10, 50, None)]),
+        (2, [rome(statistics={"tokens": count}) for count in (1000, 2000)]),
+    ):
+        for less, more in pairwise(seconds(params)[0][kind] for params in line):
+            assert 0 < less < more
+
+
+def test_committed_training_takes_nothing_and_other_training_is_not_timed():
+    assert seconds(grid(methods=["mend"]))[0][2] == 0
+    other = grid(methods=[{"method": "mend", "variant": "longer", "hparams": {"steps": 900}}])
+    assert isnan(seconds(other)[0][2])
+    assert seconds(other)[0][0] == seconds(grid(methods=["mend"]))[0][0]  # steps of training are not an edit's
+    assert "without what is not timed of smollm2-135m-instruct mend longer;" in plan.plan(other)
 
 
 def test_every_offered_benchmark_says_what_it_reads():
@@ -68,46 +111,25 @@ def test_every_offered_benchmark_says_what_it_reads():
         assert set(benchmarks.metadata(name)["reading"]) == {"items", "shared", "own", "generated"}
 
 
-def configurations():
-    llama = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-    yield "meta-llama/Llama-2-7b-hf", LlamaConfig(**llama, intermediate_size=11008)
-    yield "mistralai/Mistral-7B-v0.1", MistralConfig(**llama, intermediate_size=14336, num_key_value_heads=8)
-    yield "openai-community/gpt2-xl", GPT2Config(n_embd=1600, n_layer=48, n_head=25)
-    yield (
-        "smollm2-135m-instruct",
-        LlamaConfig(vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
-                    num_key_value_heads=3, intermediate_size=1536, tie_word_embeddings=True),
-    )  # fmt: skip
-    for size, d, layers, heads, vocabulary in (
-        ("160m", 768, 12, 12, 50304), ("410m", 1024, 24, 16, 50304), ("1b", 2048, 16, 8, 50304),
-        ("2.8b", 2560, 32, 32, 50304), ("6.9b", 4096, 32, 32, 50432), ("12b", 5120, 36, 40, 50688),
-    ):  # fmt: skip
-        yield (
-            f"EleutherAI/pythia-{size}",
-            GPTNeoXConfig(hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * d,
-                          vocab_size=vocabulary),
-        )  # fmt: skip
-    for name, recipe in RECIPES.items():
-        yield name, configuration(recipe)
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_known_models_have_as_many_parameters_as_published(name):
+    assert plan.shape_of(name).parameters == PARAMETERS[name]
 
 
-@pytest.mark.parametrize(
-    ("name", "config"), configurations(), ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_known_shapes_are_those_of_the_architectures(name, config):
-    counted, known = plan.shape_from(config), plan.known_shapes()[name]
-    assert dataclasses.replace(counted, window=known.window, gated=known.gated) == known
+def test_measured_models_have_as_many_parameters_as_their_manifests_say():
+    for path in (kedit.ROOT / "figures").glob("*/*/manifest.json"):
+        for model, about in json.loads(path.read_text())["models"].items():
+            assert plan.shape_of(model).parameters == about["parameters"]
 
 
 def test_a_model_outside_the_list_is_known_by_its_configuration(tmp_path):
     MistralConfig(vocab_size=99, hidden_size=8, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
                   intermediate_size=20, max_position_embeddings=64).save_pretrained(tmp_path)  # fmt: skip
-    grid = {"models": [str(tmp_path)], "methods": ["control"], "edits": [1], "benchmarks": ["mini_mmlu"]}
-    params = Params.make("rq1", "x", {**grid, "dtype": "bfloat16"})
-    shape = plan.shape_of(params, str(tmp_path))
-    assert (shape.d, shape.layers, shape.m, shape.mlp, shape.kv, shape.window, shape.weight) == (8, 3, 20, 3, 4, 64, 2)
-    unknown = params.model_copy(update={"models": ["nobody/nothing"]})
-    assert "shape unknown: add it to kedit/study/models.yaml" in plan.plan(unknown)
+    shape = plan.shape_of(str(tmp_path))
+    assert (shape.d, shape.layers, shape.m) == (8, 3, 20)
+    text = plan.plan(grid(models=["nobody/nothing"], methods=["control"]))
+    assert "shape unknown: add it to kedit/study/models.yaml" in text
+    assert "without what is not timed of nobody/nothing;" in text
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would():
@@ -147,9 +169,8 @@ def test_what_is_stored_is_found_without_the_model(tmp_path, monkeypatch, tokeni
     monkeypatch.setenv("KEDIT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
     assert "not known before the model is loaded once" in plan.plan(params)
-    store = Store(runs_folder() / "store")
-    results = run(params, store, workers=1)
-    results.save(runs_folder() / "rq1" / "x")
+    store = Store()
+    results = run(params, workers=1)
     fingerprint = plan.fingerprints()[params.models[0]]
     found = plan.stored(params, params.models[0], fingerprint, store)
     assert found == (len(results.edits), len(results.cells), True)

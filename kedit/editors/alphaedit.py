@@ -54,7 +54,7 @@ class KeyMemory(Memory):
         empty = basis.new_zeros(basis.shape[1], 0), basis.new_zeros(0, 0)
         keys, factor = self._grown.get(position, empty)
         for entry in self.entries[keys.shape[1] :]:
-            key = entry["keys"][position].to(basis, copy=True)  # as in SecondMoments: a replayed edit's bits are the same
+            key = entry["keys"][position].to(basis, copy=True)  # as in SecondMoments: replayed edits have the same bits
             keys, factor = grow(keys, factor, basis.T @ key, l2)
         self._grown[position] = keys, factor
         return keys, factor
@@ -80,7 +80,6 @@ class AlphaEdit(memit.MEMIT):
     label = "AlphaEdit"
     style = ("#0072b2", "*", "--")
     Hparams = Hparams
-    moments_work, moments_kept = 30, 3  # eigenvectors
 
     def make_memory(self) -> KeyMemory:
         """The keys of earlier edits."""

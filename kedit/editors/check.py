@@ -11,13 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kedit.data.requests import EditRequest
 from kedit.editors import kind_of, make_hparams
-from kedit.editors.cost import Cost, Shape
 from kedit.editors.protocol import Editor
 from kedit.editors.second_moments import SecondMoments
 from kedit.model.journal import Edit, EditFailed
 from kedit.model.lm import LM
 
-TINY = Shape(d=32, layers=4, m=48, mlp=3, kv=32, vocabulary=257, parameters=43_000, window=2048)
+LAYERS, D, M = 4, 32, 48
+"""Of the tiny model: blocks, and the outer and inner width of their MLPs."""
 
 
 def tiny_model() -> LM:
@@ -25,7 +25,7 @@ def tiny_model() -> LM:
     symbols = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bpe = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    shape = {"hidden_size": TINY.d, "intermediate_size": TINY.m, "num_hidden_layers": TINY.layers}
+    shape = {"hidden_size": D, "intermediate_size": M, "num_hidden_layers": LAYERS}
     config = LlamaConfig(vocab_size=len(symbols), num_attention_heads=4, initializer_range=0.3, **shape)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -53,11 +53,10 @@ def check_editor(kind: str | type[Editor], hparams: Mapping[str, Any] | None = N
     kind = kind_of(kind) if isinstance(kind, str) else kind
     lm = tiny_model()
     given = make_hparams(kind, lm.name, hparams)
-    keys = torch.randn(TINY.layers, 400, TINY.m, generator=torch.Generator().manual_seed(1))
+    keys = torch.randn(LAYERS, 400, M, generator=torch.Generator().manual_seed(1))
     moments = SecondMoments(lm, moments={layer: some.T @ some / 400 for layer, some in enumerate(keys)})
     assert isinstance(kind.label, str), "an editor has a label"
     assert len(kind.style) == 3, "an editor's style is a colour, a marker and a dash"
-    assert isinstance(kind.cost(TINY, given, tokens=1000), Cost), "an editor knows its cost"
     editor, recipe = kind(lm, given, moments), kind.recipe(given, moments.key)
     assert json.loads(json.dumps(recipe))["method"] == kind.name, "an editor's recipe is plain and names the method"
     assert editor.key() == recipe, "an editor's key is its recipe"

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kedit.data.requests import EditRequest
-from kedit.editors.cost import FLOAT, Cost, Shape, searching
 from kedit.editors.protocol import Editor
 from kedit.editors.value_search import descend, nll_loss
 from kedit.model.anatomy import matrix
@@ -38,13 +37,6 @@ class FTM(Editor):
     Hparams = Hparams
     advance = 1
     """How far the position that is to predict moves with each token of the target."""
-
-    @classmethod
-    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
-        """A whole matrix, which is stored; beside it are its gradient, Adam's moments and a copy."""
-        size = shape.d * shape.m * FLOAT
-        work = searching(shape, 1, hparams.steps, hparams.layer)
-        return Cost(edit=work, journal_bytes=size, device_bytes=5 * size)
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         lm, hp = self.lm, self.hparams

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kedit.data.requests import EditRequest
-from kedit.editors.cost import FLOAT, Cost, Shape, searching
 from kedit.editors.protocol import Editor
 from kedit.editors.value_search import descend, nll_loss, run_shifted
 from kedit.model.forward import LookupText, Tail, activations, hooked
@@ -94,12 +93,6 @@ class GRACE(Editor):
     def make_memory(self) -> Codebook:
         """An empty codebook."""
         return Codebook(self.lm, self.hparams.layer)
-
-    @classmethod
-    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
-        """A search for one vector; key and value are stored."""
-        work = searching(shape, 1, hparams.steps, hparams.layer)
-        return Cost(edit=work, journal_bytes=(shape.d + shape.m) * FLOAT)
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         lm, hp, rows = self.lm, self.hparams, self.memory.entries

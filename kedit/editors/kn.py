@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kedit.data.requests import EditRequest, spaced
-from kedit.editors.cost import FLOAT, Cost, Shape, reading
 from kedit.editors.protocol import Editor
 from kedit.model.anatomy import matrix
 from kedit.model.forward import Hook, LookupText, Tail, activations, hooked
@@ -86,11 +85,6 @@ class KN(Editor):
     name = "kn"
     style = ("#000000", "X", "-")
     Hparams = Hparams
-
-    @classmethod
-    def cost(cls, shape: Shape, hparams: Hparams, tokens: int) -> Cost:
-        """One token through the blocks above each layer, for each point; as many columns as are found in SmolLM2."""
-        return Cost(edit=reading(shape, shape.layers * hparams.points, 16), journal_bytes=70 * shape.d * FLOAT)
 
     def _continuation(self, ids: Sequence[int], count: int) -> list[int]:
         """What greedy decoding adds, so many tokens."""

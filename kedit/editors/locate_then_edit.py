@@ -6,13 +6,12 @@ updates that map the key there to a new value.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kedit.data.requests import EditRequest
-from kedit.editors.cost import FLOAT, PROMPT, Cost, Shape, Work, reading, searching
 from kedit.editors.protocol import Editor
 from kedit.editors.value_search import Objective, Search, search
 from kedit.model.forward import LookupText, lookup_text, lookup_texts
@@ -56,33 +55,10 @@ class Hparams(Search):
 class LocateThenEdit(Editor):
     """Hyper-parameters must have ``layers``, of which the last is where the value is searched for."""
 
-    moments_work: ClassVar[int] = 1
-    """What is derived from a second moment takes so many Cholesky factorisations, ..."""
-    moments_kept: ClassVar[int] = 2
-    """... and so many (m, m) matrices are in memory for each layer."""
-
     @classmethod
     def moments_at(cls, hparams: Any) -> Sequence[int]:
         """Layers whose second moments enter the edits."""
         return hparams.layers
-
-    @classmethod
-    def cost(cls, shape: Shape, hparams: Any, tokens: int) -> Cost:
-        """A value search, which runs forward once more than it updates; keys in every context; second moments."""
-        layers = hparams.layers
-        rows = 2 + sum(count for _, count in hparams.context_lengths)  # the bare prompt, and that of the KL term
-        keys = reading(shape, rows * (PROMPT + 10), rows * (PROMPT + 10)) * len(layers)
-        solves = Work(4 * shape.m**2 * len(layers))
-        passes = reading(shape, tokens, 512) * ((max(layers) + 1) / shape.layers)
-        products = Work(2 * tokens * shape.m**2 * len(layers))
-        square = 8 * shape.m**2  # a second moment is summed and factorised in float64
-        return Cost(
-            edit=searching(shape, rows, hparams.steps + 1, max(layers)) + keys + solves,
-            once=passes + products + Work(shape.m**3 / 3 * len(layers) * cls.moments_work),
-            journal_bytes=2 * (shape.d + shape.m) * FLOAT * len(layers),
-            device_bytes=len(layers) * (square + FLOAT * shape.d * shape.m) + square,
-            host_bytes=len(layers) * square * cls.moments_kept,
-        )
 
     def _prepare(self) -> None:
         super()._prepare()

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from kedit.data import facts
 from kedit.data.requests import EditRequest, spaced
-from kedit.editors.cost import Cost, Shape
 from kedit.editors.second_moments import SecondMoments
 from kedit.model.journal import Edit
 from kedit.model.lm import LM
@@ -106,11 +105,6 @@ class Editor(ABC):
     def key(self) -> dict[str, Any]:
         """The recipe of this editor's edits."""
         return self.recipe(self.hparams, self.statistics.key if self.moments_of else {}, self._contexts_given)
-
-    @classmethod
-    def cost(cls, shape: Shape, hparams: Any, tokens: int) -> Cost:
-        """What the method costs on a model of that shape, with second moments over so many tokens."""
-        return Cost(journal_bytes=4000 * cls.edits)
 
     def apply(self, request: EditRequest) -> Edit:
         """Edit the model in place, on top of whatever edits it already has.

@@ -1,29 +1,35 @@
 """What a run would do, before it starts: cells, edits, what is stored, hours, memory, disk, access.
 
-No model is loaded and nothing is fetched. Hours are estimates from shapes (``kedit.editors.cost``): operations and,
-where few tokens go through at once, reading the weights; whichever takes longer on a machine whose sustained speed
-is assumed in ``MACHINES`` and printed. Expect them to be right within a factor of three.
+No model is loaded and nothing is fetched. Hours are those of committed runs (figures/*/*/manifest.json), of the models
+nearest in size, in proportion to parameters and to tokens read, or to the contexts and steps of a search: right within
+a factor of three or so. They count nothing as stored and leave out other measures; once: second moments, and training
+that is not committed. Memory is the least: weights, originals of edited matrices, second moments; texts that are being
+generated come on top. Disk: half-precision weights and second moments; edits come on top.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
+from math import isnan, log, nan
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 import yaml
 from huggingface_hub import get_token
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kedit import ROOT, KeditError
 from kedit.data import corpus, facts, hub
 from kedit.editors import kind_of, make_hparams
-from kedit.editors.cost import FLOAT, Cost, Shape, Work, reading
-from kedit.editors.protocol import committed
+from kedit.editors.protocol import Editor, committed
 from kedit.editors.second_moments import key_of
 from kedit.evaluation import benchmarks
 from kedit.model.anatomy import Anatomy, matrix
+from kedit.model.lm import PICO
 from kedit.store import Store, runs_folder
 from kedit.study.params import DTYPES, Method, Params
 from kedit.study.run import planned, units
@@ -33,107 +39,60 @@ from kedit.workers import free_memory
 GB = 1e9
 LIBRARIES = 1_500_000_000
 """Bytes that the libraries take, on either side."""
-PACK, TEXTS = 384, 16  # kedit/model/scoring.py: tokens read and texts generated at a time
-SUCCESS = 240  # tokens of all that edit success asks of an edit
+GPU = 400
+"""CPU cores that one GPU is taken to be worth: an A100's 2 TB/s and some 25 Tflop/s, to 5 GB/s and 70 Gflop/s."""
+GENERATED = 16
+"""Tokens read in the time of one generated, for which all weights are fetched to serve a few texts."""
+SUCCESS = 240
+"""Tokens of all that edit success asks of an edit."""
 
-# Shapes and machines ------------------------------------------------------------------------------
+# Shapes -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model: its parameters, its blocks, and the outer and inner width of their MLPs."""
+
+    parameters: int
+    layers: int
+    d: int
+    m: int
+
+
+_BLOCKS = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text())
+KNOWN = {name: block for block in _BLOCKS for name in block["names"]}
+"""Model -> what models.yaml says of it: its configuration, and whether it is gated."""
 
 
 @cache
-def known_shapes() -> dict[str, Shape]:
-    """Model -> its shape, of models.yaml; a test builds each from its configuration and counts."""
-    blocks = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text())
-    return {name: Shape(**block["shape"]) for block in blocks for name in block["names"]}
-
-
-@cache
-def _configured(model: str) -> Shape | None:
-    """The shape of a model whose configuration is a folder's or in the hub's cache."""
-    try:
-        return shape_from(AutoConfig.from_pretrained(model, local_files_only=True))
-    except (OSError, ValueError):
-        return None
-
-
-def shape_from(config: PretrainedConfig) -> Shape:
-    """The shape of a configuration's model, which is built without weights.
+def shape_of(model: str) -> Shape | None:
+    """A model's shape, if its configuration is at hand, in a folder, in the hub's cache or in models.yaml.
 
     Raises:
         KeditError: an architecture that kedit does not know.
     """
+    try:
+        source = PICO / model if (PICO / model).is_dir() else model
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):
+        if model not in KNOWN:
+            return None
+        config = AutoConfig.for_model(**KNOWN[model]["config"])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    anatomy = Anatomy(model)
-    d, m = matrix(anatomy.down(0)).shape
-    heads = config.num_attention_heads
-    kv = (getattr(config, "head_dim", None) or d // heads) * (getattr(config, "num_key_value_heads", None) or heads)
-    return Shape(
-        d, len(anatomy.blocks), m, 3 if anatomy.gate(0) else 2, kv, config.vocab_size,
-        sum(weight.numel() for weight in model.parameters()), config.max_position_embeddings,
-    )  # fmt: skip
+        empty = AutoModelForCausalLM.from_config(config)
+    anatomy = Anatomy(empty)
+    parameters = sum(weight.numel() for weight in empty.parameters())
+    return Shape(parameters, len(anatomy.blocks), *matrix(anatomy.down(0)).shape)
 
 
-def shape_of(params: Params, model: str) -> Shape | None:
-    """A model's shape in the precision that a grid asks for, if it is known."""
-    shape = known_shapes().get(model) or _configured(model)
-    return shape and replace(shape, weight=DTYPES[params.dtype])
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Sustained speed: float32 operations and bytes of weights read, a second."""
-
-    name: str
-    flops: float
-    bandwidth: float
-
-    def seconds(self, work: Work) -> float:
-        """That so much work takes."""
-        return max(work.flops / self.flops, work.read / self.bandwidth)
-
-
-MACHINES = {
-    "GPU": Machine("one GPU of 10 Tflop/s in float32 and 1 TB/s, sustained (half an A100's)", 1e13, 1e12),
-    "CPU": Machine("one CPU core of 70 Gflop/s and 5 GB/s, sustained", 7e10, 5e9),
-}
-
-# Costs --------------------------------------------------------------------------------------------
-
-
-def benchmark_work(shape: Shape, name: str, limit: int | None) -> Work:
-    """Of one cell, from what the task's metadata says that it makes a model read (``reading``).
-
-    ``shared`` tokens of exemplars are read once a task, each item's ``own``, and those ``generated`` until it stops.
-    """
-    about = benchmarks.metadata(name)
-    read = about["reading"]
-    items = min(limit or read["items"], read["items"])
-    shared = read["shared"] * min(1, items / about.get("tasks", 1))
-    return reading(shape, shared + items * read["own"], PACK) + reading(shape, items * read["generated"], TEXTS)
-
-
-def generating(shape: Shape, names: list[str]) -> int:
-    """Bytes of keys and values while texts are generated side by side, at the lengths that tasks say."""
-    read = [benchmarks.metadata(name)["reading"] for name in names]
-    longest = max((about["own"] + about["generated"] for about in read if about["generated"]), default=0)
-    return 2 * TEXTS * longest * 2 * shape.layers * shape.kv * shape.weight
-
-
-def memory(shape: Shape, cost: Cost, device: str = "GPU") -> tuple[int, int]:
-    """(bytes where the model is, bytes of the host) that a method needs at least; texts being generated come on top."""
-    on_host = LIBRARIES + (shape.bytes if device == "GPU" else 0)
-    return shape.bytes + LIBRARIES + cost.device_bytes, on_host + cost.host_bytes
-
-
-def _costs(params: Params, model: str, shape: Shape) -> Iterator[tuple[Method, Sequence[int], Cost]]:
-    """Each method of a grid, the layers whose second moments it needs, and what it costs on a model."""
+def _editors(params: Params, model: str) -> Iterator[tuple[Method, type[Editor], Any]]:
+    """Each method of a grid, its class, and its hyper-parameters on a model."""
     for method in params.methods:
         kind = kind_of(method.method)
-        hparams = make_hparams(kind, model, method.hparams)
-        yield method, kind.moments_at(hparams), kind.cost(shape, hparams, params.statistics.tokens)
+        yield method, kind, make_hparams(kind, model, method.hparams)
 
 
-# Refusals -----------------------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------------------
 
 
 def available() -> tuple[str, int, int]:
@@ -142,6 +101,17 @@ def available() -> tuple[str, int, int]:
     if count := torch.cuda.device_count():
         return "GPU", sum(torch.cuda.get_device_properties(n).total_memory for n in range(count)), host
     return "CPU", host, host
+
+
+def memory(shape: Shape, dtype: str, device: str, kind: type[Editor] = Editor, hparams: Any = None) -> tuple[int, int]:
+    """(bytes where the model is, bytes of the host) that a method needs at least.
+
+    Weights; the originals of edited matrices in float32; second moments and their factors in float64.
+    """
+    weights, square, moments = shape.parameters * DTYPES[dtype], 8 * shape.m**2, len(kind.moments_at(hparams))
+    edited = len(getattr(hparams, "layers", [0] * hasattr(hparams, "layer")))
+    there = LIBRARIES + weights + 4 * shape.d * shape.m * edited + square * (moments + bool(moments))
+    return there, LIBRARIES + weights * (device == "GPU") + 2 * square * moments
 
 
 def check_memory(params: Params, here: tuple[str, int, int] | None = None) -> None:
@@ -155,28 +125,29 @@ def check_memory(params: Params, here: tuple[str, int, int] | None = None) -> No
     """
     device, *limits = here or available()
     for model in params.models:
-        shape = shape_of(params, model)
-        for method, _, cost in _costs(params, model, shape) if shape else ():
-            for need, there, place in zip(memory(shape, cost, device), limits, (device, "host"), strict=True):
+        for method, kind, hparams in _editors(params, model) if (shape := shape_of(model)) else ():
+            needs = memory(shape, params.dtype, device, kind, hparams)
+            for need, there, place in zip(needs, limits, (device, "host"), strict=True):
                 if need > there:
+                    remedy = _remedy(shape, params.dtype, device, kind, hparams, limits)
                     raise KeditError(
                         f"{params.rq}/{params.name}: {method} on {model} needs {need / GB:.0f} GB of {place} memory "
-                        f"and there are {there / GB:.0f} GB; {_remedy(shape, cost, device, limits, place)}, or a "
-                        "machine with more."
+                        f"and there are {there / GB:.0f} GB; {remedy}, or a machine with more."
                     )
 
 
-def _remedy(shape: Shape, cost: Cost, device: str, limits: Sequence[int], place: str) -> str:
+def _remedy(shape: Shape, dtype: str, device: str, kind: type[Editor], hparams: Any, limits: Sequence[int]) -> str:
     """What would fit instead of a method on a model: half precision, other methods, a smaller model."""
-    half = replace(shape, weight=DTYPES["bfloat16"])
-    if shape != half and all(need <= there for need, there in zip(memory(half, cost, device), limits, strict=True)):
+
+    def fits(*needs: Any) -> bool:
+        return all(need <= there for need, there in zip(memory(*needs), limits, strict=True))
+
+    if dtype != "bfloat16" and fits(shape, "bfloat16", device, kind, hparams):
         return "set dtype: bfloat16"
-    if memory(shape, Cost(), device)[0] <= limits[0] and place != "host":
+    if fits(shape, dtype, device):
         return "leave this method out"
-    others = {name: replace(other, weight=shape.weight) for name, other in known_shapes().items()}
-    bytes_of = {name: other.bytes for name, other in others.items() if other.bytes < shape.bytes}
-    fitting = [name for name in bytes_of if memory(others[name], Cost(), device)[0] <= limits[0] * 0.8]
-    return f"use {max(fitting, key=bytes_of.__getitem__)}" if fitting else "no known model fits"
+    fitting = {shape_of(name).parameters: name for name in KNOWN if fits(shape_of(name), dtype, device)}
+    return f"use {fitting[max(fitting)]}" if fitting else "no known model fits"
 
 
 def check(params: Params) -> None:
@@ -199,18 +170,17 @@ def check(params: Params) -> None:
 # What is there already ----------------------------------------------------------------------------
 
 
+def _runs(top: Path) -> Iterator[dict[str, Any]]:
+    """Manifests of the runs in a folder, the latest last."""
+    for path in sorted(top.glob("*/*/manifest.json"), key=lambda path: path.stat().st_mtime):
+        with suppress(OSError, ValueError):
+            yield json.loads(path.read_text())
+
+
 def fingerprints(dtype: str = "float32") -> dict[str, str]:
     """Fingerprints of models in a precision, as the manifests of earlier runs tell them, those of this machine last."""
-    known: dict[str, str] = {}
-    for top in (ROOT / "figures", runs_folder()):
-        for path in sorted(top.glob("*/*/manifest.json"), key=lambda path: path.stat().st_mtime):
-            try:
-                manifest = json.loads(path.read_text())
-                models = manifest["models"] if manifest["params"]["dtype"] == dtype else {}
-            except (OSError, ValueError, KeyError):
-                continue
-            known |= {model: about["fingerprint"] for model, about in models.items()}
-    return known
+    runs = [run for top in (ROOT / "figures", runs_folder()) for run in _runs(top) if run["params"]["dtype"] == dtype]
+    return {model: about["fingerprint"] for run in runs for model, about in run["models"].items()}
 
 
 def stored(params: Params, model: str, fingerprint: str, store: Store) -> tuple[int, int, bool]:
@@ -219,141 +189,178 @@ def stored(params: Params, model: str, fingerprint: str, store: Store) -> tuple[
     Cells of the paper suite are keyed by their data, which is not read here.
     """
     states: dict[Line, list[str]] = {}
-    for position, method in enumerate(params.methods):
-        kind = kind_of(method.method)
-        hparams = make_hparams(kind, model, method.hparams)
+    for position, (_, kind, hparams) in enumerate(_editors(params, model)):
         needed = kind.moments_at(hparams)
         moments = key_of(model, fingerprint, params.statistics.text, params.statistics.tokens) if needed else {}
+        recipe = kind.recipe(hparams, moments)
         for order in params.orders:
-            recipe = kind.recipe(hparams, moments)
             states[Line(position, order)] = states_of(fingerprint, recipe, params.requests(order))
     at_hand = [name for name in params.benchmarks if not benchmarks.sources(name)]
     wanted = units(params.model_copy(update={"benchmarks": at_hand}), model, states)
-    held = [unit for unit in wanted if store.path(unit.key).exists()]
-    cells = sum(unit.is_cell for unit in held)
-    return len(held) - cells, cells, at_hand == params.benchmarks
+    held = [unit.is_cell for unit in wanted if store.path(unit.key).exists()]
+    return len(held) - sum(held), sum(held), at_hand == params.benchmarks
 
 
-def _stored_lines(params: Params) -> Iterator[str]:
-    known, store = fingerprints(params.dtype), Store(runs_folder() / "store")
+def _held(params: Params, model: str) -> str:
+    """What the store holds of a model's part of a grid, in words."""
+    if (fingerprint := fingerprints(params.dtype).get(model)) is None:
+        return "not known before the model is loaded once"
     try:
         readable = facts.at_hand(params.edit_set.name, params.edit_set.path)
-    except KeditError:
+    except KeditError:  # there is a mirror, without the edit set
         readable = False
-    for model in params.models:
-        if model not in known:
-            yield f"In the store, {model}: not known before the model is loaded once."
-        elif not readable:
-            yield f"In the store, {model}: not known without the edit set."
-        else:
-            edits, cells, all_cells = stored(params, model, known[model], store)
-            rest = "" if all_cells else "; cells of the paper suite were not looked up"
-            yield f"In the store, {model}: {edits:,} edits and {cells:,} cells{rest}."
+    if not readable:
+        return "not known without the edit set"
+    edits, cells, complete = stored(params, model, fingerprint, Store())
+    return f"{edits:,} edits and {cells:,} cells{'' if complete else '; cells of the paper suite were not looked up'}"
 
 
-def _access_lines(params: Params) -> Iterator[str]:
-    if gated := [model for model in params.models if (shape := known_shapes().get(model)) and shape.gated]:
+def _access(params: Params) -> Iterator[str]:
+    """Lines on gated models, data sets and the edit set: where each would come from."""
+    if gated := [model for model in params.models if KNOWN.get(model, {}).get("gated")]:
         token = "a token is set" if get_token() else "no token is set: ask on its page, then set HF_TOKEN"
         yield f"Gated, needs access: {', '.join(gated)}; {token}."
     sources = sorted({source for name in params.benchmarks for source in benchmarks.sources(name)})
-    if params.statistics.text == "wikipedia":
-        sources.append(corpus.WIKIPEDIA[0])
+    sources += [corpus.WIKIPEDIA[0]] * (params.statistics.text == "wikipedia")
     try:
         if sources:
-            yield f"Data sets: {', '.join(sources)}: {_state(sources)}."
-        if params.edit_set.name in facts.PUBLISHED:
+            where = "from the hub (KEDIT_MIRROR is not set), none known to be gated"
+            if mirror := hub.mirror():
+                missing = ", ".join(source for source in sources if not (mirror / source).is_dir())
+                where = f"KEDIT_MIRROR lacks {missing}" if missing else "all in KEDIT_MIRROR"
+            yield f"Data sets: {', '.join(sources)}: {where}."
+        if published := facts.PUBLISHED.get(params.edit_set.name):
             path = params.edit_set.path or facts.located(params.edit_set.name)
-            hub_id = facts.PUBLISHED[params.edit_set.name].get("hub")
-            elsewhere = f"hub {hub_id}, whose order is not the study's" if hub_id else "needs KEDIT_MIRROR"
+            elsewhere = (
+                f"hub {published['hub']}, whose order is not the study's"
+                if "hub" in published
+                else "needs KEDIT_MIRROR"
+            )
             yield f"Edit set {params.edit_set.name}: {Path(path).name if path else elsewhere}."
     except KeditError as error:
         yield str(error)
 
 
-def _state(sources: list[str]) -> str:
-    """Where data sets would come from."""
-    if (mirror := hub.mirror()) is None:
-        return "from the hub (KEDIT_MIRROR is not set), none known to be gated"
-    missing = [source for source in sources if not (mirror / source).is_dir()]
-    return f"KEDIT_MIRROR lacks {', '.join(missing)}" if missing else "all in KEDIT_MIRROR"
+# Hours --------------------------------------------------------------------------------------------
+
+
+def measured(parameters: int, seconds: Callable[[dict[str, Any]], float]) -> float:
+    """Seconds on one CPU core, as committed runs took, in proportion to parameters; nan if none did it.
+
+    Of the runs of models nearest in size it is the fastest, whose machine had least else to do.
+
+    Args:
+        seconds: from a run's manifest, how long it took; nan if it did not do it.
+    """
+    taken = []
+    for run in _runs(ROOT / "figures"):
+        size = fmean(about["parameters"] for about in run["models"].values())
+        cores = GPU if run["machine"]["accelerator"] else 1
+        taken.append((abs(log(size / parameters)), seconds(run) * cores * parameters / size))
+    return min((one for one in taken if not isnan(one[1])), default=(0, nan))[1]
+
+
+def edit_seconds(shape: Shape, kind: type[Editor], hparams: Any) -> float:
+    """Of an edit on one CPU core, in proportion to what a search reads as well; nan if never timed."""
+
+    def search(values: Mapping[str, Any]) -> int:
+        """Texts (two beside the sampled contexts) times forwards; a trained method's steps are not those of an edit."""
+        texts = 2 + sum(count for _, count in values.get("context_lengths", ()))
+        return texts * (1 + values.get("steps", 0) * (not kind.trained))
+
+    def seconds(run: dict[str, Any]) -> float:
+        then = [values for name, values in run["hparams"].items() if name.startswith(f"{kind.name} (")]
+        return run["edits"]["median_seconds"][kind.name] / search(then[0]) if then else nan
+
+    return measured(shape.parameters, seconds) * search(asdict(hparams))
+
+
+def _tokens(grid: Mapping[str, Any], first: bool) -> float:
+    """Tokens that a method's cells read, of the metadata's ``reading``; the first has the unedited model's as well.
+
+    ``shared`` tokens of exemplars are read once a task, each item's ``own``, and those ``generated`` until it stops.
+    """
+    every, orders = 0.0, len(grid["orders"])
+    for about in map(benchmarks.metadata, grid["benchmarks"]):
+        reading = about["reading"]
+        items = min(grid["limit"] or reading["items"], reading["items"])
+        every += reading["shared"] * min(1, items / about.get("tasks", 1))
+        every += (reading["own"] + GENERATED * reading["generated"]) * items
+    edited = sum(every + SUCCESS * count for count in grid["edits"] if count) * orders
+    return edited + first * (every + SUCCESS * max(grid["edits"]) * orders)
+
+
+def token_seconds(shape: Shape) -> float:
+    """Of a token read, on one CPU core: committed runs' work but for their edits, over the tokens of their cells."""
+
+    def seconds(run: dict[str, Any]) -> float:
+        grid, each = run["params"], run["edits"]["median_seconds"]
+        edits = sum(each[method["method"]] for method in grid["methods"]) * max(grid["edits"]) * len(grid["orders"])
+        tokens = _tokens(grid, first=True) + (len(grid["methods"]) - 1) * _tokens(grid, first=False)
+        return (run["work_seconds"] / len(run["models"]) - edits) / tokens
+
+    return measured(shape.parameters, seconds)
+
+
+def rows(params: Params, model: str, shape: Shape) -> Iterator[tuple[str, list[float], list[int]]]:
+    """For each method its name and the model's, seconds on one CPU core and bytes.
+
+    Seconds are of edits, of cells, and once (nan: not timed), which is what second moments read where they are first
+    needed, up to the deepest layer; and training, whose time no manifest has. Bytes are of memory where the model is,
+    of the host's, and on disk.
+    """
+    made: set[int] = set()
+    edits, token = max(params.edits) * len(params.orders), token_seconds(shape)
+    for index, (method, kind, hparams) in enumerate(_editors(params, model)):
+        missing = set(kind.moments_at(hparams)) - made
+        made |= missing
+        untrained = kind.trained and (method.hparams or not committed(method.method, model).exists())
+        once = nan if untrained else token * params.statistics.tokens * (max(missing, default=-1) + 1) / shape.layers
+        cells = token * _tokens(params.model_dump(), first=index == 0)
+        seconds = [edit_seconds(shape, kind, hparams) * edits, cells, once]
+        needs = memory(shape, params.dtype, "GPU", kind, hparams)
+        yield f"{model:<36} {method}", seconds, [*needs, 4 * shape.m**2 * len(missing)]
 
 
 # The page -----------------------------------------------------------------------------------------
 
+HEAD = f"""
+{"-- GPU --":>84} | {"-- CPU, one core --":>33}{"-- GB --":>25}
+{"model":<36} {"method":<14}{"edits":>11}{"cells":>11}{"once":>11} | {"edits":>11}{"cells":>11}{"once":>11} \
+{"GPU":>8}{"host":>8}{"disk":>8}"""
+
 
 def _hours(seconds: float) -> str:
     hours = seconds / 3600
-    return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 0.1 else f"{seconds:,.0f} s"
+    return "not timed" if isnan(hours) else f"{hours:,.{int(hours < 10)}f} h" if hours >= 0.1 else f"{seconds:,.0f} s"
 
 
-def _size(size: float) -> str:
-    return f"{size / GB:,.1f} GB" if size >= GB / 10 else f"{size / 1e6:,.0f} MB"
-
-
-def _works(params: Params, model: str, shape: Shape) -> Iterator[tuple[Method, Cost, tuple[list[Work], ...], int]]:
-    """Each method with its cost, its work (of the edits, of the cells, and once; a piece each) and bytes on disk.
-
-    The first has the unedited model's cells as well, and second moments count where they are first needed.
-    """
-    made: set[int] = set()
-    edits = max(params.edits) * len(params.orders)
-    asking = [benchmark_work(shape, name, params.limit) for name in params.benchmarks]
-    for index, (method, layers, cost) in enumerate(_costs(params, model, shape)):
-        cells = []
-        for count in params.edits[bool(index) :] * len(params.orders):
-            cells += [reading(shape, SUCCESS * (count or max(params.edits)), PACK), *asking]
-        trained = not method.hparams and committed(method.method, model).exists()
-        ready = trained or (layers and made.issuperset(layers))
-        disk = cost.journal_bytes * edits + FLOAT * shape.m**2 * len(set(layers) - made)
-        made |= set(layers)
-        yield method, cost, ([cost.edit] * edits, cells, [] if ready else [cost.once]), disk
-
-
-def _table(params: Params) -> tuple[list[str], dict[str, float], float]:
-    """Lines of the page, a method on a model each; seconds in all, by machine; bytes on disk."""
-    lines, total, disk = [], dict.fromkeys(MACHINES, 0.0), 0.0
-    for model in params.models:
-        if (shape := shape_of(params, model)) is None:
-            lines.append(f"{model:<36} shape unknown: add it to kedit/study/models.yaml for hours and memory")
-            continue
-        disk += shape.bytes / 2
-        for method, cost, works, more in _works(params, model, shape):
-            times = []
-            for name, machine in MACHINES.items():
-                seconds = [sum(map(machine.seconds, pieces)) for pieces in works]
-                times.append(" ".join(f"{_hours(each):>9}" for each in seconds))
-                total[name] += sum(seconds)
-            device, host = memory(shape, cost)
-            sizes = [f"{_size(size):>9}" for size in (device + generating(shape, params.benchmarks), host, more)]
-            lines.append(f"{model:<36} {method!s:<14} {' | '.join(times)} {' '.join(sizes)}")
-            disk += more
-    return lines, total, disk
+def _line(name: str, seconds: Sequence[float], sizes: Sequence[int]) -> str:
+    times = " | ".join("".join(f"{_hours(each / cores):>11}" for each in seconds) for cores in (GPU, 1))
+    return f"{name:<51}{times} {''.join(f'{size / GB:>8.1f}' for size in sizes)}"
 
 
 def plan(params: Params) -> str:
     """The whole answer as text, a line a fact."""
-    counts = planned(params)
-    cells = counts.pop("cell")
-    trajectories = len(params.models) * len(params.methods) * len(params.orders)
-    table, total, disk = _table(params)
+    counts, shapes = planned(params), {model: shape_of(model) for model in params.models}
+    cells, most, edits = counts.pop("cell"), max(params.edits), sum(counts.values())
+    table = [row for model, shape in shapes.items() if shape for row in rows(params, model, shape)]
+    unknown = [model for model, shape in shapes.items() if shape is None]
+    without = [*unknown, *(" ".join(name.split()) for name, seconds, _ in table if any(map(isnan, seconds)))]
+    total = sum(each for _, seconds, _ in table for each in seconds if not isnan(each))
+    disk = sum(2 * shape.parameters for shape in shapes.values() if shape) + sum(sizes[-1] for *_, sizes in table)
     lines = [
-        f"params/{params.rq}/{params.name}.yaml: {trajectories} trajectories of {max(params.edits)} edits: "
-        f"{sum(counts.values()):,} edits; {cells:,} cells at {len(params.edits)} checkpoints "
-        f"({len(params.asked)} kinds: edit success, {len(params.benchmarks)} benchmarks, "
-        f"{len(params.measures)} other measures).",
-        *_access_lines(params),
-        *_stored_lines(params),
-        "",
-        f"{'model':<36} {'method':<14} {'edits':>9} {'cells':>9} {'once':>9} | {'edits':>9} {'cells':>9} {'once':>9} "
-        f"{'memory':>9} {'host':>9} {'disk':>9}",
-        f"{'':<36} {'':<14} {'-- GPU --':>29} | {'-- CPU, one core --':>29} {'GPU':>9}",
-        *table,
-        "",
-        f"In all about {_hours(total['GPU'])} on a GPU or {_hours(total['CPU'])} on one CPU core (workers divide it), "
-        f"and {_size(disk)} of disk (half-precision weights, second moments, edits).",
-        *(f"Assumed: {machine.name}." for machine in MACHINES.values()),
-        "Hours count nothing as stored, searches to their last step, and leave out other measures; once: second "
-        f"moments, training that is not committed. Memory: {params.dtype} weights, and keys and values of texts "
-        "generated side by side.",
+        f"params/{params.rq}/{params.name}.yaml: {edits // most} trajectories of {most} edits: {edits:,} edits; "
+        f"{cells:,} cells at {len(params.edits)} checkpoints ({len(params.asked)} kinds: edit success, "
+        f"{len(params.benchmarks)} benchmarks, {len(params.measures)} other measures).",
+        *_access(params),
+        *(f"In the store, {model}: {_held(params, model)}." for model in params.models),
+        HEAD,
+        *(_line(*row) for row in table),
+        *(f"{model:<36} shape unknown: add it to kedit/study/models.yaml for hours and memory" for model in unknown),
+        f"\nIn all about {_hours(total / GPU)} on a GPU or {_hours(total)} on one CPU core (workers divide it)"
+        f"{', without what is not timed of ' * bool(without)}{', '.join(without)}; {disk / GB:,.1f} GB of disk.",
+        f"Assumed: a token generated takes as long as {GENERATED} read; a GPU is {GPU} CPU cores.",
+        __doc__.partition("\n\n")[2].strip(),
     ]
     return "\n".join(lines)
