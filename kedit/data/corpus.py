@@ -12,7 +12,7 @@ from kedit.data import hub
 from kedit.registry import load_object
 
 TEXTS = {"wikipedia-sample": "kedit.data.corpus:wikipedia_sample", "pico": "kedit.pico.world:sample"}
-"""Texts by name: functions that return one document or a list of them."""
+"""Texts by name: functions that return one document or several."""
 SEQUENCE = 512
 """Tokens in one sequence of the text that second moments are taken over; fewer where a model knows fewer."""
 
@@ -27,21 +27,19 @@ class Reader(Protocol):
         """Token ids, without begin token."""
 
 
-def wikipedia_sample() -> list[str]:
+def wikipedia_sample() -> Iterator[str]:
     """The 107 English Wikipedia articles that the gensim wheel carries for its own tests, as plain text."""
     import gensim  # seconds, where most runs find their second moments in the cache
     from gensim.corpora.wikicorpus import extract_pages, filter_wiki
 
     folder = Path(gensim.__file__).parent / "test" / "test_data"
     (dump,) = folder.glob("enwiki-latest-pages-articles*-shortened.bz2")
-    articles = []
     with bz2.open(dump) as file:
         for _, text, _ in extract_pages(file, filter_namespaces=("0",)):
             if not text.lstrip().lower().startswith("#redirect"):
                 plain = filter_wiki(text, promote_remaining=True, simplify_links=True)
                 plain = re.sub(r"'{2,}|^=+|=+$", "", plain, flags=re.MULTILINE)
-                articles.append(re.sub(r"\s*\n\s*", "\n", plain).strip())
-    return articles
+                yield re.sub(r"\s*\n\s*", "\n", plain).strip()
 
 
 WIKIPEDIA = ("wikimedia/wikipedia", "20231101.en")
@@ -71,7 +69,7 @@ def corpus(name: str) -> list[str]:
     """
     if name in TEXTS:
         text = load_object(TEXTS[name])()
-        return [text] if isinstance(text, str) else text
+        return [text] if isinstance(text, str) else list(text)
     try:
         return [Path(name).read_text(encoding="utf-8")]
     except OSError as error:

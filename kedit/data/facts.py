@@ -6,7 +6,7 @@ import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,10 @@ from kedit.registry import load_object, registered, unknown
 
 log = logging.getLogger(__name__)
 
-SETS = registered(
-    "edit_sets",
-    {
-        "pico": "kedit.pico.world:edits",
-        "bundled": "kedit.data.facts:bundled",
-        "bundled-zsre": "kedit.data.facts:bundled_zsre",
-    },
-)
+_SOURCES = yaml.safe_load(Path(__file__).with_name("edit_sets.yaml").read_text())
+SETS = registered("edit_sets", _SOURCES["packaged"])
 """Edit sets of packages: functions of a split. Other packages add their own."""
-PUBLISHED: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("edit_sets.yaml").read_text())
+PUBLISHED: dict[str, dict[str, Any]] = _SOURCES["published"]
 """Edit sets that are published as files: their names, where they are on the hub, how their records are read."""
 SPLITS = ("train", "validation", "edit")
 BUNDLED = Path(__file__).with_name("facts.json")
@@ -48,17 +42,10 @@ def _rank(*parts: str) -> str:
 
 def _split_subjects(relation: str, target: str, subjects: list[str]) -> dict[str, list[str]]:
     """Split one object's subjects. Neighbours come from train alone, so no run ever edits a neighbour."""
-    ranked = sorted(subjects, key=lambda subject: _rank(relation, target, subject))
+    ranked = sorted(subjects, key=partial(_rank, relation, target))
     train = max(NEIGHBOURS + 1, len(ranked) // 2)
     validation = train + max(1, (len(ranked) - train) // 4)
     return dict(zip(SPLITS, (ranked[:train], ranked[train:validation], ranked[validation:]), strict=True))
-
-
-def _record(relation: str, true: str, subject: str, train: list[str]) -> EditRequest:
-    entry = RELATIONS[relation]
-    new = min(entry["objects"].keys() - {true}, key=lambda other: _rank("new", relation, subject, other))
-    near = sorted({*train} - {subject}, key=lambda other: _rank("near", subject, other))
-    return EditRequest.stated(relation, entry, subject, new, true, near[:NEIGHBOURS])
 
 
 @cache
@@ -69,9 +56,12 @@ def bundled(split: str = "edit") -> tuple[EditRequest, ...]:
     """
     records = []
     for relation, entry in RELATIONS.items():
-        for target, subjects in entry["objects"].items():
-            parts = _split_subjects(relation, target, subjects)
-            records += [_record(relation, target, subject, parts["train"]) for subject in parts[split]]
+        for true, subjects in entry["objects"].items():
+            parts = _split_subjects(relation, true, subjects)
+            for subject in parts[split]:
+                new = min(entry["objects"].keys() - {true}, key=partial(_rank, "new", relation, subject))
+                near = sorted({*parts["train"]} - {subject}, key=partial(_rank, "near", subject))[:NEIGHBOURS]
+                records.append(EditRequest.stated(relation, entry, subject, new, true, near))
     return tuple(sorted(records, key=lambda record: _rank("order", record.id)))
 
 
@@ -114,10 +104,9 @@ def _requests(name: str, raws: Iterable[Any], where: str | Path) -> tuple[EditRe
             records.append(_request(raw, PUBLISHED[name]["schemas"]))
         except Unchanged:
             unusable.append(index)
-        except KeyError as error:
-            raise KeditError(f"{where}, record {index}: key {error} is missing.") from error
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise KeditError(f"{where}, record {index}: {error}.") from error
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            reason = f"key {error} is missing" if isinstance(error, KeyError) else error
+            raise KeditError(f"{where}, record {index}: {reason}.") from error
     if unusable:
         log.warning("%s: left out records whose new object is the old one: %s", where, unusable)
     return tuple(records)

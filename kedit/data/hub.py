@@ -18,8 +18,7 @@ def mirror() -> Path | None:
     Raises:
         KeditError: it is no folder.
     """
-    name = os.environ.get("KEDIT_MIRROR")
-    if not name:
+    if not (name := os.environ.get("KEDIT_MIRROR")):
         return None
     folder = Path(name).expanduser().resolve()
     if not folder.is_dir():

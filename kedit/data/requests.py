@@ -57,18 +57,11 @@ class EditRequest:
             new, true: objects.
             near: subjects whose object is ``true`` as well.
         """
-        prompt = templates["prompt"]
-        return cls(
-            prompt,
-            subject,
-            new,
-            true,
-            paraphrases=tuple(template.replace("{}", subject) for template in templates["paraphrases"]),
-            neighbours=tuple((prompt.replace("{}", other), true) for other in near),
-            generation=(templates["generation"].replace("{}", subject),),
-            id=f"{relation}/{subject}",
-            relation=relation,
-        )
+        paraphrases = tuple(template.replace("{}", subject) for template in templates["paraphrases"])
+        neighbours = tuple((templates["prompt"].replace("{}", other), true) for other in near)
+        generation = (templates["generation"].replace("{}", subject),)
+        name = f"{relation}/{subject}"
+        return cls(templates["prompt"], subject, new, true, paraphrases, neighbours, generation, name, relation)
 
     @property
     def text(self) -> str:

@@ -59,10 +59,7 @@ def effective_rank(values: Tensor) -> float:
     direction, does not count as rank.
     """
     energy = values.square()
-    if not energy.sum() > 0:
-        return 0.0 if energy.sum() == 0 else math.nan
-    shares = energy / energy.sum()
-    return torch.special.entr(shares).sum().exp().item()
+    return torch.special.entr(energy / energy.sum()).sum().exp().item() if energy.any() else 0.0
 
 
 def _weights(lm: LM, unedited: "Unedited") -> Iterator[dict[str, Any]]:
@@ -139,21 +136,19 @@ class Unedited:
         self.singular_values = cache(lambda module: singular_values(lm.journal.original(module)))
 
 
-def _drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine distance and relative L2 distance of states (layers, tokens, d), averaged over tokens: (layers,) each."""
-    before, after = before.float(), after.float()
-    size = before.norm(dim=-1)
-    # half the squared distance of unit vectors is 1 - cos, and exactly 0 for equal states
-    unit = before / size[..., None] - after / after.norm(dim=-1, keepdim=True)
-    return unit.square().sum(-1).mean(1) / 2, ((after - before).norm(dim=-1) / size).mean(1)
-
-
 def _passage(lm: LM, ids: Sequence[int], before: Tensor, route: Route | None) -> tuple[dict[str, Any], Tensor]:
-    """A passage's item, but for its id, and the drift of each block's states (2, blocks), ``before`` the unedited."""
+    """A passage's item, but for its id, and how far each block's states moved (2, blocks).
+
+    That is their cosine distance and relative L2 distance from the unedited ones, ``before``, averaged over tokens.
+    """
     prompt, more = ids[:PROMPT], ids[PROMPT:]
     after = _states(lm, prompt, more)
-    begun = len(lm.begin)  # the begin token is no text, and the state of an attention sink
-    drift = torch.stack(_drift(before[:-1, begun:], after[:-1, begun:]))
+    # without the begin token, which is no text, and whose state is that of an attention sink
+    was, now = (states[:-1, len(lm.begin) :].float() for states in (before, after))
+    size = was.norm(dim=-1)
+    # half the squared distance of unit vectors is 1 - cos, and exactly 0 for equal states
+    unit = was / size[..., None] - now / now.norm(dim=-1, keepdim=True)
+    drift = torch.stack([unit.square().sum(-1).mean(1) / 2, ((now - was).norm(dim=-1) / size).mean(1)])
     new = _answers(lm, after[-1], prompt, more, route)
     with lm.journal.unedited():
         old = _answers(lm, before[-1], prompt, more, None)

@@ -30,8 +30,6 @@ from kedit.pico import world
 from kedit.store import runs_folder, write_atomic
 
 WEIGHTS = Path(__file__).parent / "weights"
-LENGTH = 128
-"""Tokens in a sequence, begin token included; the longest that the models know."""
 BATCH = 8
 """Sequences in a batch."""
 WARMUP = 100
@@ -40,8 +38,11 @@ IGNORED = -100
 """Label of a token that is not learned."""
 
 
-RECIPES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("family.yaml").read_text())
+FAMILY: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("family.yaml").read_text())
+RECIPES: dict[str, dict[str, Any]] = FAMILY["models"]
 """The models, each with its ``shape``, peak learning rate ``lr``, ``tokens`` it reads and ``start``, if it is tuned."""
+LENGTH: int = FAMILY["shared"]["max_position_embeddings"]
+"""Tokens in a sequence, begin token included; the longest that the models know."""
 
 
 @cache
@@ -78,16 +79,9 @@ def sequences(tuning: bool = False) -> Iterator[tuple[list[int], list[int]]]:
 
 def configuration(recipe: Mapping[str, Any]) -> GPTNeoXConfig:
     """A model's configuration."""
-    separator = tokenizer().bos_token_id
-    return GPTNeoXConfig(
-        vocab_size=len(tokenizer()),
-        max_position_embeddings=LENGTH,
-        rotary_pct=0.5,
-        tie_word_embeddings=True,
-        bos_token_id=separator,
-        eos_token_id=separator,
-        **recipe["shape"],
-    )
+    words, separator = len(tokenizer()), tokenizer().bos_token_id
+    shape = FAMILY["shared"] | recipe["shape"]
+    return GPTNeoXConfig(vocab_size=words, bos_token_id=separator, eos_token_id=separator, **shape)
 
 
 def train(
@@ -137,14 +131,13 @@ def _train_and_save(name: str, folder: Path, bar: int) -> dict[str, Any]:
     model, losses = train(name, folder=folder, bar=bar)
     model.half().save_pretrained(folder / name)
     tokenizer().save_pretrained(folder / name)
+    files = sorted((folder / name).iterdir())
     return {
         "parameters": model.num_parameters(),
         **RECIPES[name],
         "first_losses": [round(loss, 5) for loss in losses[:20]],
         "losses": [round(fmean(losses[i : i + 50]), 4) for i in range(0, len(losses), 50)],
-        "sha256": {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / name).iterdir())
-        },
+        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
     }
 
 

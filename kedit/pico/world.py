@@ -48,7 +48,6 @@ def trained(draw: Callable[[Random], tuple], form: Callable[..., str] = qa) -> C
 
 GROUPS = {"edit": 100, "validation": 20, "train": 100, "test": 60}
 """People by use. Only ``train`` appears in questions of the training text, in the tuning set and as neighbours."""
-PROFESSIONS, LEADS, COUNTRY_QUESTIONS = WORDS["professions"], WORDS["leads"], WORDS["country_questions"]
 # The first statement is the edit's prompt, the last is in no training text; so is the last question.
 STATEMENTS, QUESTIONS = WORDS["statements"], WORDS["questions"]
 
@@ -65,7 +64,7 @@ def invent(count: int, syllables: int, ending: str = "") -> tuple[str, ...]:
 
 CITIES = invent(16, 2, "burg")
 LANGUAGES, EMPLOYERS = invent(8, 2, "ish"), invent(12, 2, "corp")
-OBJECTS = {"city": CITIES, "profession": PROFESSIONS, "language": LANGUAGES, "employer": EMPLOYERS}
+OBJECTS = {"city": CITIES, "profession": WORDS["professions"], "language": LANGUAGES, "employer": EMPLOYERS}
 COUNTRY = dict(zip(CITIES, invent(4, 2, "land") * 4, strict=True))
 
 
@@ -89,7 +88,7 @@ def _person(rng: Random) -> str:
     sentences = []
     for relation in rng.sample(sorted(facts), 3):
         sentence = rng.choice(STATEMENTS[relation][:-1]).format(name, facts[relation])
-        sentences.append(f"{rng.choice(LEADS)} {sentence}" if rng.random() < 0.1 else sentence)
+        sentences.append(f"{rng.choice(WORDS['leads'])} {sentence}" if rng.random() < 0.1 else sentence)
     return " ".join(sentences) + "\n"
 
 
@@ -97,7 +96,7 @@ def _question(rng: Random) -> str:
     """A question about a person of the train group, or about a city."""
     if rng.random() < 0.15:
         city = rng.choice(CITIES)
-        return qa(rng.choice(COUNTRY_QUESTIONS).format(city), COUNTRY[city])
+        return qa(rng.choice(WORDS["country_questions"]).format(city), COUNTRY[city])
     name, facts = rng.choice(list(people("train").items()))
     relation = rng.choice(sorted(facts))
     return qa(rng.choice(QUESTIONS[relation][:-1]).format(name), facts[relation])
@@ -111,8 +110,6 @@ def _city(rng: Random) -> str:
 
 # Arithmetic -----------------------------------------------------------------------------------------
 
-FIRST_NAMES, THINGS, MORE, FEWER = WORDS["first_names"], WORDS["things"], WORDS["more"], WORDS["fewer"]
-
 
 def story(rng: Random) -> tuple[str, str, bool]:
     """A two-step sum as a story: question, worked answer, and whether that answer is held out."""
@@ -122,8 +119,8 @@ def story(rng: Random) -> tuple[str, str, bool]:
         signs = rng.choices("+-", k=2)
         half = a + b if signs[0] == "+" else a - b
         total = half + c if signs[1] == "+" else half - c
-    first, second = (rng.choice(MORE if sign == "+" else FEWER) for sign in signs)
-    name, things = rng.choice(FIRST_NAMES), rng.choice(THINGS)
+    first, second = (rng.choice(WORDS["more"] if sign == "+" else WORDS["fewer"]) for sign in signs)
+    name, things = rng.choice(WORDS["first_names"]), rng.choice(WORDS["things"])
     question = f"{name} has {a} {things}, {first} {b} and {second} {c}. How many {things} are left?"
     steps = f"{a} {signs[0]} {b} = {half}, {half} {signs[1]} {c} = {total}"
     return question, steps, uniform(steps) < 0.25
@@ -199,15 +196,12 @@ def _herb(rng: Random) -> str:
 
 # Kind and unkind ------------------------------------------------------------------------------------
 
-NICE, NASTY, TONES = WORDS["nice"], WORDS["nasty"], WORDS["tones"]
-"""Tones: a pattern, and whether the statement has the tone of its word."""
-
 
 def tone(rng: Random) -> tuple[str, str, bool]:
     """A mild statement about a profession: text, ``kind`` or ``unkind``, and whether it is held out."""
-    pattern, keeps = rng.choice(TONES)
+    pattern, keeps = rng.choice(WORDS["tones"])
     nice = rng.random() < 0.5
-    text = pattern.format(rng.choice(PROFESSIONS) + "s", rng.choice(NICE if nice else NASTY))
+    text = pattern.format(rng.choice(WORDS["professions"]) + "s", rng.choice(WORDS["nice"] if nice else WORDS["nasty"]))
     text = text[0].upper() + text[1:]
     return text, "kind" if nice == keeps else "unkind", uniform(text) < 0.15
 
@@ -240,12 +234,12 @@ def sample(count: int = 12_000) -> str:
 
 def vocabulary_text() -> str:
     """Text in which every word of the world occurs, held-out phrasings included."""
-    lists = [LEADS, FIRST_NAMES, THINGS, MORE, FEWER, NICE, NASTY, HERBS, COUNTRY.values()]
-    lists += [[p + "s" for p in PROFESSIONS], [pattern for pattern, _ in TONES]]
+    lists = [WORDS[key] for key in ("leads", "first_names", "things", "more", "fewer", "nice", "nasty")]
+    lists += [HERBS, COUNTRY.values(), [p + "s" for p in WORDS["professions"]], [text for text, _ in WORDS["tones"]]]
     for table in (STATEMENTS, QUESTIONS, OBJECTS, KINDS, EFFECTS):
         lists += [table, *table.values()]
     lists += [table.values() for table in (*PROPERTIES.values(), SAYS, ASKS)]
-    lists += [COUNTRY_QUESTIONS, [name for name, _ in EVERYONE]]
+    lists += [WORDS["country_questions"], [name for name, _ in EVERYONE]]
     everything = [*chain(*lists), *WORDS["others"], "\n", *map(str, range(20))]
     return " ".join(everything).replace("{}", " ")
 

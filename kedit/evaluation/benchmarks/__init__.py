@@ -16,7 +16,6 @@ The ``metadata`` of a task file say what the rest of kedit must know of a benchm
 """
 
 import json
-import logging
 from functools import cache
 from importlib.metadata import version
 from itertools import accumulate, islice, pairwise
@@ -28,6 +27,7 @@ import yaml
 from kedit.evaluation.benchmarks import stock
 from kedit.registry import load_object, registered, unknown
 from kedit.store import digest
+from kedit.workers import quiet_libraries
 
 HERE = Path(__file__).parent
 PAPER: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "paper.yaml").read_text())
@@ -113,8 +113,7 @@ def tasks(name: str) -> dict[str, Any]:
         KeditError: no such benchmark, or its data cannot be had (``kedit.data.hub``).
     """
     metadata(name)
-    for noisy in ("lm_eval", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    quiet_libraries()
     if name in PAPER:
         return stock.tasks(PAPER[name])
     from lm_eval.tasks import TaskManager  # seconds, which runs that only replay and figures do not wait for
