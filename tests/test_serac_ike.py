@@ -289,7 +289,7 @@ def test_scope_learns_whose_prompt_it_is(llama, encoder):
     edits = [serac.edit_prompt(fact, rng) for fact in batch]
     right, wrong = [], []
     for index, fact in enumerate(batch):
-        for text in serac.prompts(fact):
+        for text in fact.paraphrases:
             x = 0.9 * encoder([text])[0].double()
             far = [(x - 0.9 * encoder([edit])[0].double()).square().sum().item() for edit in edits]
             right.append(max(far[index], 1e-6))

@@ -90,24 +90,17 @@ def statement(prompt: str, target: str) -> str:
 
 
 def training_facts() -> list[EditRequest]:
-    """The bundled facts of the train split, each with its question as the last paraphrase."""
+    """The bundled facts of the train split; the paraphrases are all ways to ask: prompt, paraphrases, question."""
     pairs = zip(bundled("train"), bundled_zsre("train"), strict=True)
-    return [replace(fact, paraphrases=(*fact.paraphrases, question.text)) for fact, question in pairs]
-
-
-def prompts(fact: EditRequest) -> tuple[str, ...]:
-    """The ways to ask for a training fact."""
-    return fact.text, *fact.paraphrases
+    return [replace(fact, paraphrases=(fact.text, *fact.paraphrases, question.text)) for fact, question in pairs]
 
 
 def edit_prompt(fact: EditRequest, rng: random.Random) -> str:
     """The prompt by which a training fact is edited."""
-    return fact.paraphrases[-1] if rng.random() < QUESTIONS else fact.text
+    return fact.paraphrases[-1 if rng.random() < QUESTIONS else 0]
 
 
-def scope_loss(
-    projection: Tensor, encoder: Encoder, facts: Sequence[EditRequest], size: int, rng: random.Random
-) -> Tensor:
+def scope_loss(projection: Tensor, encoder: Encoder, facts: list[EditRequest], size: int, rng: random.Random) -> Tensor:
     """Balanced cross-entropy of "this prompt is about this edit" (paper, section 3.2).
 
     Facts come from a few relations, so that most negatives are hard: other subjects in the same words.
@@ -118,19 +111,19 @@ def scope_loss(
     chosen = [relations[name] for name in rng.sample(sorted(relations), min(4, len(relations)))]
     batch = [fact for some in chosen for fact in rng.sample(some, min(len(some), size // len(chosen)))]
     edits = encoder([edit_prompt(fact, rng) for fact in batch]) @ projection.T
-    asked = encoder([prompt for fact in batch for prompt in prompts(fact)]) @ projection.T
-    owners = torch.tensor([n for n, fact in enumerate(batch) for _ in prompts(fact)], device=asked.device)
+    asked = encoder([prompt for fact in batch for prompt in fact.paraphrases]) @ projection.T
+    owners = torch.tensor([n for n, fact in enumerate(batch) for _ in fact.paraphrases], device=asked.device)
     distances = (asked.square().sum(1)[:, None] + edits.square().sum(1) - 2 * asked @ edits.T).clamp(min=1e-6)
     right = nn.functional.one_hot(owners, len(batch)).bool()
     wrong = -torch.log(-torch.expm1(-distances[~right].view(len(owners), -1)))  # -log(1 - similarity)
     return distances[right].mean() + wrong.topk(min(HARD, len(batch) - 1), 1).values.mean()
 
 
-def answer_loss(lm: LM, facts: Sequence[EditRequest], size: int, rng: random.Random) -> Tensor:
+def answer_loss(lm: LM, facts: list[EditRequest], size: int, rng: random.Random) -> Tensor:
     """Mean negative log-likelihood a token of new objects, given the right edit and any way to ask for it."""
     texts = []
     for fact in rng.sample(facts, size):
-        prompt, edit = rng.choice(prompts(fact)), edit_prompt(fact, rng)
+        prompt, edit = rng.choice(fact.paraphrases), edit_prompt(fact, rng)
         texts.append(ScoredText.of(lm, prompt, fact.target_new, before=statement(edit, fact.target_new)))
     ids, mask = pad([text.ids for text in texts], lm.device)
     hidden = lm.anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -168,7 +161,7 @@ class SERAC(RetrievalEditor, TrainedEditor):
             lr={"projection": hparams.scope_lr, **dict.fromkeys(weights, hparams.lr)},
             loss=loss,
             # at once: last bits depend on which texts are embedded together
-            begin=lambda: encoder([prompt for fact in facts for prompt in prompts(fact)]),
+            begin=lambda: encoder([prompt for fact in facts for prompt in fact.paraphrases]),
             every=SAVE,
         )
 

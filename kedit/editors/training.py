@@ -107,7 +107,7 @@ class Training:
 
     def save(self, checkpoint: Path, method: str) -> None:
         """Write all that ``load`` needs to go on: parts of tensors, as ``part/name``."""
-        adam = {f"adam/{index}": state for index, state in self.optimiser.state_dict()["state"].items()}
+        adam = {f"adam/{name}": self.optimiser.state[self.tensors[name]] for name in self.lr}
         parts = {"now": self.tensors, "best": self.best, **adam}
         tensors = {f"{part}/{name}": tensor for part, some in parts.items() for name, tensor in some.items()}
         save(checkpoint, method, tensors, {"step": self.step, "least": self.least})
@@ -123,7 +123,7 @@ class Training:
         for name, tensor in part("now/").items():
             self.tensors[name].copy_(tensor)
         self.step, self.least, self.best = about["step"], about["least"], part("best/")
-        adam = {index: part(f"adam/{index}/") for index in range(len(self.lr))}
+        adam = {index: part(f"adam/{name}/") for index, name in enumerate(self.lr)}
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": adam})
 
     def run(self, editor: type[Editor], hparams: Any, checkpoint: Path) -> dict[str, Tensor]:
