@@ -121,6 +121,7 @@ def test_a_method_and_a_benchmark_from_outside_are_seen_everywhere(toy, tokenize
     params = Params.make("rq1", "outside", grid)
     page = plan(params)
     assert "push hard" in page
+    assert page.count("not timed") == 5  # in both rows on a GPU and on a CPU, and in all
     assert "1 benchmarks" in page
     results = run(params, Store(tmp_path / "store"), workers=2)
     table = scores.table(results)

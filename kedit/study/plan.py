@@ -231,11 +231,7 @@ def _access(params: Params) -> Iterator[str]:
             yield f"Data sets: {', '.join(sources)}: {where}."
         if published := facts.PUBLISHED.get(params.edit_set.name):
             path = params.edit_set.path or facts.located(params.edit_set.name)
-            elsewhere = (
-                f"hub {published['hub']}, whose order is not the study's"
-                if "hub" in published
-                else "needs KEDIT_MIRROR"
-            )
+            elsewhere = f"hub {published['hub']}, in its own order" if "hub" in published else "needs KEDIT_MIRROR"
             yield f"Edit set {params.edit_set.name}: {Path(path).name if path else elsewhere}."
     except KeditError as error:
         yield str(error)
