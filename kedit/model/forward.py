@@ -7,6 +7,7 @@ section 3 of Meng et al., "Locating and Editing Factual Associations in GPT" (RO
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,12 +84,11 @@ def hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
 def capture(lm: LM, modules: Mapping[Any, nn.Module], inputs: bool) -> Iterator[dict[Any, Tensor]]:
     """Within the block, every forward records the modules' inputs or outputs by name, on the model's first device."""
     seen: dict[Any, Tensor] = {}
-    names = {module: name for name, module in modules.items()}
 
-    def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen[names[module]] = (args[0] if inputs else output).to(lm.device)
+    def record(name: Any, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen[name] = (args[0] if inputs else output).to(lm.device)
 
-    with hooked(dict.fromkeys(names, record)):
+    with hooked({module: partial(record, name) for name, module in modules.items()}):
         yield seen
 
 
@@ -118,13 +118,11 @@ def activations(lm: LM, texts: Sequence[LookupText], layers: Sequence[int], at: 
     """
     anatomy = lm.anatomy
     find = {"key": anatomy.down, "value": anatomy.down, "attention": anatomy.attn_out, "hidden": anatomy.inner}
-    find["block"] = anatomy.blocks.__getitem__
-    sites = {layer: find[at](layer) for layer in layers}
+    sites = {layer: anatomy.blocks[layer] if at == "block" else find[at](layer) for layer in layers}
     ids, mask = pad([text.ids[: text.lookup + 1] for text in texts], lm.device)
     with capture(lm, sites, inputs=at == "key") as seen, stop_after(anatomy.blocks[max(layers)]):
         anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False)
-    lookups = [text.lookup for text in texts]
-    return {layer: seen[layer][range(len(texts)), lookups] for layer in layers}
+    return {layer: seen[layer][range(len(texts)), [text.lookup for text in texts]] for layer in layers}
 
 
 class Injected(nn.Module):

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -45,13 +45,8 @@ class Change:
         raise NotImplementedError
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Plain fields and tensor fields, for saving."""
+        """Plain fields and tensor fields, for saving; made of both by keyword, the change is the same again."""
         return _split(vars(self))
-
-    @classmethod
-    def of(cls, plain: dict[str, Any], tensors: dict[str, Tensor]) -> "Change":
-        """The inverse of ``parts``."""
-        return cls(**plain, **tensors)
 
 
 def _split(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -104,13 +99,13 @@ class Restore(Change):
         journal.restore(self.module)
 
 
-@dataclass(frozen=True)
 class Entry(Change):
     """A memory gains an entry (kedit/model/memory.py); ``memory`` is the name of its method."""
 
-    module: ClassVar[None] = None
-    memory: str
-    values: dict[str, Any]
+    module = None
+
+    def __init__(self, memory: str, values: dict[str, Any], **tensors: Tensor):
+        self.memory, self.values = memory, values | tensors
 
     def write(self, journal: "Journal") -> None:
         """Add the values to the model's memory of that name.
@@ -129,16 +124,11 @@ class Entry(Change):
         plain, tensors = _split(self.values)
         return {"memory": self.memory, "values": plain}, tensors
 
-    @classmethod
-    def of(cls, plain: dict[str, Any], tensors: dict[str, Tensor]) -> "Entry":
-        """The inverse of ``parts``."""
-        return cls(plain["memory"], plain["values"] | tensors)
+
+KINDS: dict[str, type[Change]] = {kind.__name__: kind for kind in Change.__subclasses__()}
 
 
-KINDS: dict[str, type[Change]] = {kind.__name__: kind for kind in (LowRank, Dense, Restore, Entry)}
-
-
-@dataclass
+@dataclass(eq=False)
 class Edit:
     """What one step changed, with the numbers worth knowing about it.
 
@@ -149,7 +139,7 @@ class Edit:
     request: str
     changes: list[Change] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
-    journal: "Journal | None" = field(default=None, repr=False, compare=False)
+    journal: "Journal | None" = field(default=None, repr=False)
 
     def write(self, change: Change) -> None:
         """Add one change to this edit and put it into the model."""
@@ -157,10 +147,15 @@ class Edit:
         self.journal.write(change)
 
     def undo(self) -> None:
-        """Take this edit back, to the exact bits; later edits must be undone first."""
-        if self.journal is None:
-            raise ValueError("this edit is not in a model's journal")
-        self.journal.undo(self)
+        """Take this edit back, to the exact bits.
+
+        Raises:
+            ValueError: the edit is not the last one of a model's journal.
+        """
+        if self.journal is None or self.journal.edits[-1:] != [self]:
+            raise ValueError("only the last edit of a model can be undone; undo the later ones first")
+        self.journal.edits.pop()
+        self.journal.rebuild()
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors."""
@@ -181,7 +176,7 @@ class Edit:
         changes = []
         for index, change in enumerate(header["changes"]):
             named = {name: tensors[f"{index}.{name}"] for name in change["tensors"]}
-            changes.append(KINDS[change["kind"]].of(change["plain"], named))
+            changes.append(KINDS[change["kind"]](**change["plain"], **named))
         return cls(header["method"], header["request"], changes, header["info"])
 
 
@@ -269,7 +264,7 @@ class Journal:
         try:
             yield edit
         except BaseException:
-            self._rebuild()
+            self.rebuild()
             raise
         self.edits.append(edit)
 
@@ -280,25 +275,13 @@ class Journal:
         edit.journal = self
         self.edits.append(edit)
 
-    def undo(self, edit: Edit) -> None:
-        """Take back the last edit.
-
-        Raises:
-            ValueError: the edit is not the last one.
-        """
-        if not self.edits or self.edits[-1] is not edit:
-            raise ValueError("only the last edit can be undone; undo the later ones first")
-        self.edits.pop().journal = None
-        self._rebuild()
-
     def reset(self) -> None:
         """Take back every edit."""
-        while self.edits:
-            self.edits.pop().journal = None
-        self._rebuild()
+        self.edits.clear()
+        self.rebuild()
 
     @torch.no_grad()
-    def _rebuild(self) -> None:
+    def rebuild(self) -> None:
         """Make the present edits again on the original weights and emptied memories."""
         for module in self._originals:
             self.restore(module)

