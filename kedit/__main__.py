@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import kedit
 from kedit import KeditError
+from kedit.analysis.questions import QUESTIONS
 from kedit.registry import unknown
 from kedit.store import runs_folder
 from kedit.workers import log_to_stderr
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 def parameter_files() -> list[Path]:
     """Every committed parameter file of a run, question by question."""
-    from kedit.analysis.questions import QUESTIONS
-
     return [path for rq in QUESTIONS for path in sorted((kedit.ROOT / "params" / rq).glob("*.yaml"))]
 
 
@@ -34,7 +33,6 @@ def _made(*paths: Path) -> None:
 
 def _params(args: argparse.Namespace) -> "Params":
     """The run that a command names: a file; or a question and a name, ``question/name``, or a question's default."""
-    from kedit.analysis.questions import QUESTIONS
     from kedit.study.notebook import changed
     from kedit.study.params import Params
 
@@ -46,46 +44,32 @@ def _params(args: argparse.Namespace) -> "Params":
         if rq not in QUESTIONS:
             raise unknown("question", rq, QUESTIONS)
         file = Params.find(rq, name or QUESTIONS[rq].default)
-    given = {key: value for key in ("edits", "limit", "orders") if (value := getattr(args, key)) is not ...}
-    return changed(file, given)
+    return changed(file, {key: value for key, value in vars(args).items() if key in ("edits", "limit", "orders")})
 
 
 def _run(args: argparse.Namespace) -> "Params":
     """run a parameter file, or what is left of it"""
     from kedit.study.plan import check
-    from kedit.study.run import run_and_save
+    from kedit.study.run import run
 
     params = _params(args)
     check(params)
-    run_and_save(params, args.workers, args.dask)
+    run(params, args.workers, args.dask)
     return params
-
-
-def _notebook(args: argparse.Namespace) -> None:
-    """execute the question's notebook on a finished run, and draw"""
-    _draw(_params(args))
 
 
 def _reproduce(args: argparse.Namespace) -> None:
     """run, and execute the question's notebook: the whole way to a figure"""
-    _draw(_run(args))
-
-
-def _draw(params: "Params") -> None:
     import papermill
     from traitlets.config import Config
 
-    from kedit.analysis.questions import QUESTIONS
     from kedit.study.notebook import folder_of
 
+    params = _run(args)
     if params.rq not in QUESTIONS:
         raise unknown("question", params.rq, QUESTIONS)
     notebook = f"{QUESTIONS[params.rq].notebook}.ipynb"
     executed = folder_of(params, "run") / notebook
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    config = Config()
-    if os.name == "posix":  # talk to the kernel through files: no port, no loopback interface needed
-        config.KernelManager.transport = "ipc"
     papermill.execute_notebook(
         kedit.ROOT / "notebooks" / notebook,
         executed,
@@ -93,7 +77,7 @@ def _draw(params: "Params") -> None:
         kernel_name="python3",
         cwd=kedit.ROOT / "notebooks",
         progress_bar=False,
-        config=config,
+        config=Config({"KernelManager": {"transport": "ipc"}}),  # through files: no port, no loopback needed
     )
     _made(executed, *sorted(folder_of(params, "committed").iterdir()))
 
@@ -143,15 +127,14 @@ def _tables(args: argparse.Namespace) -> None:
     """measure the README's tables and write them into it"""
     from kedit.analysis import readme
 
-    text = (kedit.ROOT / "README.md").read_text()
-    readme.update_readme(args.names or [name for name in readme.TABLES if f"<!-- table {name} -->" in text])
+    readme.update_readme(args.names or list(readme.TABLES))
 
 
 def _scan(args: argparse.Namespace) -> None:
-    """try hyper-parameters on the validation split"""
+    """try hyper-parameters, such as layer=[3,5,7], on the validation split"""
     from kedit.study.single import scan
 
-    print(scan(args.method, args.settings, args.records, args.model).to_string(index=False))
+    print(scan(args.method, args.settings, args.records, args.model))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -184,12 +167,13 @@ def _numbers(text: str) -> list[int | str | None]:
     return [_number(part.strip()) for part in text.split(",")]
 
 
+NOT_GIVEN = {"default": argparse.SUPPRESS}
 RUN = {
     "run": {"help": "a parameter file, a question such as rq1, or rq1/name"},
     "name": {"nargs": "?", "help": "of the question's parameter file; by default its default"},
-    "--edits": {"type": _numbers, "default": ..., "help": "such as 0,5: instead of what the file says, as are"},
-    "--limit": {"type": _number, "default": ..., "help": "items of each benchmark, null for all, and"},
-    "--orders": {"type": _numbers, "default": ..., "help": "such as 0,1"},
+    "--edits": {"type": _numbers, "help": "such as 0,5: instead of what the file says, as are"} | NOT_GIVEN,
+    "--limit": {"type": _number, "help": "items of each benchmark, null for all, and"} | NOT_GIVEN,
+    "--orders": {"type": _numbers, "help": "such as 0,1"} | NOT_GIVEN,
 }
 WORKERS = {
     "--workers": {"type": int, "help": "processes at once; by default one a core"},
@@ -198,7 +182,6 @@ WORKERS = {
 MODEL = {"--model": {"default": "smollm2-135m-instruct"}}
 COMMANDS: dict[Any, dict[str, dict[str, Any]]] = {
     _run: RUN | WORKERS,
-    _notebook: RUN,
     _reproduce: RUN | WORKERS,
     _plan: RUN,
     _verify: RUN,
@@ -206,12 +189,7 @@ COMMANDS: dict[Any, dict[str, dict[str, Any]]] = {
     _figures: {},
     _report: {},
     _tables: {"names": {"nargs": "*"}},
-    _scan: {
-        "method": {},
-        "settings": {"nargs": "*", "help": "such as layer=[3,5,7]"},
-        "--records": {"type": int, "default": 20},
-    }
-    | MODEL,
+    _scan: {"method": {}, "settings": {"nargs": "*"}, "--records": {"type": int, "default": 20}} | MODEL,
     _train: {"method": {"help": "such as mend"}} | MODEL,
     _pico: {},
 }

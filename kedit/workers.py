@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from kedit import KeditError
 from kedit.store import cache_folder, runs_folder
@@ -33,13 +35,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def default_workers() -> int:
-    """One for each core; one on a machine with a GPU."""
-    import torch
-
-    return 1 if torch.cuda.is_available() else cores()
-
-
 def threads() -> int:
     """Threads of a worker: one, or every core where a GPU does the work and the CPU only solves."""
     import torch
@@ -48,27 +43,8 @@ def threads() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that could be used now; a machine that does not say is taken to have plenty."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return 1 << 40
-    return int(text.split("MemAvailable:")[1].split()[0]) * 1024
-
-
-@dataclass
-class Job:
-    """A function call for a worker, made once the jobs ``after`` which it comes are done."""
-
-    function: Callable[..., Any]
-    args: tuple
-    after: Sequence["Job"] = ()
-    future: Future | None = field(default=None, compare=False)
-
-    @property
-    def done(self) -> bool:
-        """Whether it has run."""
-        return self.future is not None and self.future.done()
+    """Bytes of memory that could be used now."""
+    return psutil.virtual_memory().available
 
 
 def quiet_libraries() -> None:
@@ -84,20 +60,17 @@ def log_to_stderr() -> None:
     quiet_libraries()
 
 
-def _become_worker(runs: Path, cache: Path) -> None:
-    """Make this process a worker of a run whose results are in ``runs``."""
-    # set here and not passed on: a worker of a cluster was started by others, with an environment of theirs
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["KEDIT_RUNS"], os.environ["KEDIT_CACHE"] = str(runs), str(cache)
+def _become_worker() -> None:
     import torch
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads())
     log_to_stderr()
 
 
-def _begin(parent: int, runs: Path, cache: Path, stop: Any) -> None:
+def _begin(parent: int, stop: Any) -> None:
     """First thing in a worker of ``pool``."""
-    _become_worker(runs, cache)
+    _become_worker()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
     def watch() -> None:
@@ -119,10 +92,10 @@ def pool(workers: int | None = None) -> Iterator[tuple[Executor, int]]:
     Raises:
         KeditError: a worker was killed from outside, most often for want of memory.
     """
-    workers = workers or default_workers()
+    workers = workers or cores() // threads()
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    executor = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), runs_folder(), cache_folder(), stop))
+    executor = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), stop))
     try:
         yield executor, workers
     except BaseException as error:
@@ -143,7 +116,9 @@ _one_at_a_time = threading.Lock()
 def _call(runs: Path, cache: Path, function: Callable[..., Any], *args: Any) -> Any:
     """Do a job in a worker of a cluster, which holds one model even if it was started with several threads."""
     with _one_at_a_time:
-        _become_worker(runs, cache)
+        # it was started by others, with an environment of theirs
+        os.environ["KEDIT_RUNS"], os.environ["KEDIT_CACHE"] = str(runs), str(cache)
+        _become_worker()
         return function(*args)
 
 
@@ -209,20 +184,29 @@ def cluster(address: str, timeout: float = 10.0) -> Iterator[tuple[Executor, int
         client.close()
 
 
+@dataclass(eq=False)
+class Job:
+    """A function call for a worker, made once the jobs ``after`` which it comes are done."""
+
+    function: Callable[..., Any]
+    args: tuple
+    after: Sequence["Job"] = ()
+    done: bool = False
+
+
 def execute(jobs: Sequence[Job], executor: Executor, at_once: int, tick: Callable[[], None]) -> None:
     """Run jobs in their order as far as ``after`` allows, so many at once; ``tick`` is called now and then.
 
     Raises:
         Exception: what the first job to fail raised.
     """
-    waiting, running = list(jobs), set()
+    waiting, running = list(jobs), {}
     while waiting or running:
         ready = [job for job in waiting if all(before.done for before in job.after)]
         for job in ready[: at_once - len(running)]:
-            job.future = executor.submit(job.function, *job.args)
+            running[executor.submit(job.function, *job.args)] = job
             waiting.remove(job)
-            running.add(job.future)
-        finished, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-        for future in finished:
+        for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
             future.result()
+            running.pop(future).done = True
         tick()

@@ -27,7 +27,7 @@ LAZY = {
     "datasets": "seconds to import, and only benchmarks are read with it",
     "lm_eval": "seconds to import, and only asking benchmarks needs it",
     "distributed": "optional: only there for DASK=",
-    "papermill": "seconds to import, and only `python -m kedit notebook` needs it",
+    "papermill": "seconds to import, and only `python -m kedit reproduce` needs it",
     "nbconvert": "seconds to import, and only `python -m kedit report` needs it",
     "nbformat": "as nbconvert",
     "traitlets": "as papermill",

@@ -58,7 +58,7 @@ def opened(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_committed_file_is_what_runs(path, opened):
-    """As ``papermill -f`` passes it, as ``papermill -p name`` does, and as ``python -m kedit notebook`` does."""
+    """As ``papermill -f`` passes it, as ``papermill -p name`` does, and as ``python -m kedit reproduce`` does."""
     rq, file = path.parent.name, Params.read(path)
     values = yaml.safe_load(path.read_text())
     for given in (values, {"name": path.stem}, {**file.values(), "name": file.name, "source": "run"}):

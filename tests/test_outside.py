@@ -10,7 +10,6 @@ from matplotlib.text import Text
 from kedit.analysis import scores
 from kedit.analysis.questions import QUESTIONS
 from kedit.evaluation import benchmarks
-from kedit.store import Store
 from kedit.study.params import Params
 from kedit.study.plan import plan
 from kedit.study.run import run
@@ -109,7 +108,7 @@ def toy(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_method_and_a_benchmark_from_outside_are_seen_everywhere(toy, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KEDIT_RUNS", str(tmp_path))
     build("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     grid = {
@@ -123,7 +122,7 @@ def test_a_method_and_a_benchmark_from_outside_are_seen_everywhere(toy, tokenize
     assert "push hard" in page
     assert page.count("not timed") == 5  # in both rows on a GPU and on a CPU, and in all
     assert "1 benchmarks" in page
-    results = run(params, Store(tmp_path / "store"), workers=2)
+    results = run(params, workers=2)
     table = scores.table(results)
     edited = table[(table.benchmark == "toy_sums") & (table.edits == 2)]
     assert set(zip(edited.method, edited.variant, strict=True)) == {

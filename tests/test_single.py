@@ -27,4 +27,4 @@ def test_single_edits_are_undone_and_made_once(llama, tmp_path, monkeypatch):
 @pytest.mark.parametrize("setting", ["layer=3", "layer", "layer="])
 def test_a_scan_wants_lists(setting):
     with pytest.raises(KeditError, match=r"layer=\[3,5,7\]"):
-        scan("rome", [setting])
+        scan("rome", [setting], 20, "smollm2-135m-instruct")

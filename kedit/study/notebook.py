@@ -7,14 +7,13 @@ A run that no file describes gets a name of its own.
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 
 from kedit import ROOT, KeditError
 from kedit.store import digest, runs_folder
 from kedit.study.params import KEYS, Params
 from kedit.study.results import Results
-from kedit.study.run import run_and_save
+from kedit.study.run import run
 from kedit.workers import quiet_libraries
 
 
@@ -30,7 +29,7 @@ def open_run(rq: str, cell: Mapping[str, Any]) -> Results:
         KeditError: there is no such file, a value is wrong, or there are no results.
     """
     quiet_libraries()
-    given = {key: cell[key] for key in KEYS if not isinstance(cell.get(key, ...), EllipsisType)}
+    given = {key: cell[key] for key in KEYS if cell.get(key, ...) is not ...}
     return results(chosen(rq, cell["name"], given), cell["source"])
 
 
@@ -93,4 +92,4 @@ def results(params: Params, source: str) -> Results:
     except KeditError:
         if source != "run":
             raise
-        return run_and_save(params)
+        return run(params)

@@ -3,6 +3,7 @@
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,23 +19,6 @@ from kedit.store import digest, runs_folder, write_atomic
 
 DTYPES = {"float32": 4, "bfloat16": 2}
 """Precisions that a model may be loaded in -> bytes of a weight; edited matrices are kept in float32 beside it."""
-FORMS = {
-    "models": "a list of names, each once",
-    "methods": "a list of names, or of mappings of method, variant and hparams, each method and variant once",
-    "methods.method": "a method's name",
-    "methods.variant": "a name of your own",
-    "methods.hparams": "a mapping of hyper-parameters",
-    "edits": "a list of whole numbers from 0 up, each once",
-    "benchmarks": "a list of names, each once",
-    "measures": "a list of names, each once",
-    "edit_set": "a mapping of name and, if need be, split and path",
-    "orders": "a list of whole numbers from 0 up, each once",
-    "limit": "a number of items from 1 up, or null for all",
-    "dtype": " or ".join(DTYPES),
-    "statistics": "a mapping of text and tokens",
-    "statistics.tokens": "a whole number from 1 up",
-}
-"""Key -> what its value must be."""
 
 
 def _each_once(values: list) -> list:
@@ -43,12 +27,15 @@ def _each_once(values: list) -> list:
     return values
 
 
-Names = Annotated[list[str], Field(min_length=1), AfterValidator(_each_once)]
-Numbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_each_once)]
+EACH_ONCE = AfterValidator(_each_once)
+NAMES = Field(min_length=1, description="a list of names, each once")
+NUMBERS = Field(min_length=1, description="a list of whole numbers from 0 up, each once")
+METHODS = "a list of names, or of mappings of method, variant and hparams, each method and variant once"
+Number = Annotated[int, Field(ge=0)]
 
 
 class _Mapping(BaseModel):
-    """A mapping of the file, its values of exactly the types that are written here."""
+    """A mapping of the file, its values of exactly the types written here; ``description`` says what each must be."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -73,15 +60,15 @@ class Statistics(_AsGiven):
     """What second moments are taken over: the arguments of ``SecondMoments``."""
 
     text: str | None = None
-    tokens: Annotated[int, Field(ge=1)] = 98_304
+    tokens: int = Field(98_304, ge=1, description="a whole number from 1 up")
 
 
 class Method(_Mapping):
     """A method of the grid; ``variant`` names a run with other hyper-parameters than the method's file has."""
 
-    method: str
-    variant: str = "default"
-    hparams: dict[str, Any] = Field(default_factory=dict)
+    method: str = Field(description="a method's name")
+    variant: str = Field("default", description="a name of your own")
+    hparams: dict[str, Any] = Field({}, description="a mapping of hyper-parameters")
 
     @model_validator(mode="before")
     @classmethod
@@ -97,20 +84,22 @@ class Params(_Mapping):
 
     rq: str
     name: str
-    models: Names
-    methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_each_once)]
-    edits: Annotated[Numbers, AfterValidator(lambda edits: sorted({0, *edits}))]
-    benchmarks: Names
-    measures: Annotated[list[str], AfterValidator(_each_once)] = Field(default_factory=list)
-    edit_set: EditSet = EditSet(name="bundled", split="edit")
-    orders: Numbers = Field(default_factory=lambda: [0])
-    limit: Annotated[int, Field(ge=1)] | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    statistics: Statistics = Statistics(text="wikipedia-sample", tokens=98_304)
+    models: Annotated[list[str], NAMES, EACH_ONCE]
+    methods: Annotated[list[Method], EACH_ONCE] = Field(min_length=1, description=METHODS)
+    edits: Annotated[list[Number], NUMBERS, EACH_ONCE, AfterValidator(lambda edits: sorted({0, *edits}))]
+    benchmarks: Annotated[list[str], NAMES, EACH_ONCE]
+    measures: Annotated[list[str], EACH_ONCE] = Field([], description=NAMES.description)
+    edit_set: EditSet = Field(EditSet(name="bundled", split="edit"), description="a mapping of name (and split, path)")
+    orders: Annotated[list[Number], NUMBERS, EACH_ONCE] = Field([0])
+    limit: int | None = Field(None, ge=1, description="a number of items from 1 up, or null for all")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="float32 or bfloat16")
+    statistics: Statistics = Field(
+        Statistics(text="wikipedia-sample", tokens=98_304), description="a mapping of text and tokens"
+    )
 
     @classmethod
     def read(cls, path: str | Path) -> "Params":
-        """Read ``<rq>/<name>.yaml``, or ``<rq>/<name>/params.yaml`` as ``write`` leaves it.
+        """Read ``<rq>/<name>.yaml``.
 
         Raises:
             KeditError: naming the file, the key and the remedy.
@@ -125,9 +114,7 @@ class Params(_Mapping):
             raise KeditError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
         if not isinstance(values, dict):
             raise KeditError(f"{path}: must be a mapping of keys to values.")
-        of_a_run = path.name == "params.yaml"
-        rq, name = (path.parent.parent.name, path.parent.name) if of_a_run else (path.parent.name, path.stem)
-        return cls.make(rq, name, values, where=str(path))
+        return cls.make(path.parent.name, path.stem, values, where=str(path))
 
     @classmethod
     def find(cls, rq: str, name: str) -> "Params":
@@ -136,8 +123,7 @@ class Params(_Mapping):
         Raises:
             KeditError: there is no such file, or it is wrong.
         """
-        own = runs_folder() / rq / name / "params.yaml"
-        committed = ROOT / "params" / rq / f"{name}.yaml"
+        committed, own = (folder / rq / f"{name}.yaml" for folder in (ROOT / "params", runs_folder()))
         return cls.read(own if own.exists() and not committed.exists() else committed)
 
     @classmethod
@@ -152,10 +138,9 @@ class Params(_Mapping):
                 raise unknown("key", wrong[0], KEYS)
             params = cls(rq=rq, name=name, **values)
             params._check()
-        except ValidationError as error:
-            raise KeditError(f"{where}: {_sentence(error.errors()[0])}") from error
-        except KeditError as error:
-            raise KeditError(f"{where}: {error}") from error
+        except (ValidationError, KeditError) as error:
+            sentence = _sentence(error.errors()[0]) if isinstance(error, ValidationError) else error
+            raise KeditError(f"{where}: {sentence}") from error
         return params
 
     def _check(self) -> None:
@@ -166,7 +151,6 @@ class Params(_Mapping):
             if name not in MEASURES:
                 raise unknown("measure", name, MEASURES)
         for method in self.methods:
-            kind_of(method.method)
             if method.hparams and method.variant == "default":
                 raise KeditError(f"methods changes hparams of {method.method}; name the variant.")
         self.hparams()
@@ -212,13 +196,11 @@ class Params(_Mapping):
         Raises:
             KeditError: a method has none for a model, or they are wrong.
         """
-        return {
-            f"{method.method} ({method.variant}) on {model}": asdict(
-                make_hparams(kind_of(method.method), model, method.hparams)
-            )
-            for model in self.models
-            for method in self.methods
-        }
+        given = {}
+        for model, method in product(self.models, self.methods):
+            hparams = make_hparams(kind_of(method.method), model, method.hparams)
+            given[f"{method.method} ({method.variant}) on {model}"] = asdict(hparams)
+        return given
 
     def values(self) -> dict[str, Any]:
         """What a parameter file of this run says, defaults included."""
@@ -226,13 +208,15 @@ class Params(_Mapping):
 
     def write(self) -> Path:
         """Write the parameter file of a run that has none in ``params/``, among the runs, where ``find`` looks."""
-        path = runs_folder() / self.rq / self.name / "params.yaml"
+        path = runs_folder() / self.rq / f"{self.name}.yaml"
         write_atomic(path, yaml.safe_dump(self.values(), sort_keys=False, default_flow_style=None).encode())
         return path
 
 
 KEYS = [key for key in Params.model_fields if key not in ("rq", "name")]
 """The keys of a parameter file."""
+MAPPINGS: dict[str, type[_Mapping]] = {"methods": Method, "edit_set": EditSet, "statistics": Statistics}
+"""Those whose values are mappings, or lists of them."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -248,13 +232,14 @@ class _Loader(yaml.SafeLoader):
 def _sentence(error: Mapping[str, Any]) -> str:
     """What is wrong with a value, and what it must be."""
     location: Sequence[int | str] = error["loc"]
-    key = form = ".".join(part for part in location if isinstance(part, str))
+    names = [part for part in location if isinstance(part, str)]
+    key = ".".join(names)
     if error["type"] == "extra_forbidden":
-        kind = {"methods": Method, "edit_set": EditSet, "statistics": Statistics}[str(location[0])]
-        return str(unknown("key", key, [f"{location[0]}.{name}" for name in kind.model_fields]))
-    while form not in FORMS:
-        form = form.rpartition(".")[0]
+        return str(unknown("key", key, [f"{names[0]}.{name}" for name in MAPPINGS[names[0]].model_fields]))
+    about, form = names[0], Params.model_fields[names[0]].description
+    if len(names) > 1 and (inner := MAPPINGS[about].model_fields[names[1]].description):
+        about, form = f"{about}.{names[1]}", inner
     if error["type"] == "missing":
-        return f"key {key!r} is missing; {form} must be {FORMS[form]}."
+        return f"key {key!r} is missing; {about} must be {form}."
     verb = "holds" if isinstance(location[-1], int) else "is"
-    return f"{key} {verb} {reprlib.repr(error['input'])}; it must be {FORMS[form]}."
+    return f"{key} {verb} {reprlib.repr(error['input'])}; it must be {form}."

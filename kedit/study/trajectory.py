@@ -7,9 +7,7 @@ in the store, so a worker may be any process on any machine that sees the store'
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -51,13 +49,13 @@ def states_of(fingerprint: str, recipe: Mapping[str, Any], requests: Sequence[Ed
 class Trajectory:
     """One model edited by one method in one order, brought to any checkpoint on demand."""
 
-    def __init__(self, params: Params, model: str, line: Line, store: Store):
+    def __init__(self, params: Params, model: str, line: Line):
         self.lm, self.moments, self.examiner = _loaded(
             model, params.dtype, tuple(params.statistics.model_dump().items())
         )
         method = params.methods[line.position]
         self.lm.journal.reset()
-        self.store, self.requests = store, params.requests(line.order)
+        self.store, self.requests = Store(), params.requests(line.order)
         self.editor = editor(method.method, self.lm, hparams=method.hparams, statistics=self.moments)
         self.states = states_of(self.lm.fingerprint, self.editor.key(), self.requests)
 
@@ -91,70 +89,43 @@ def _loaded(model: str, dtype: str, statistics: tuple) -> tuple[models.LM, Secon
     return lm, SecondMoments(lm, **dict(statistics)), Examiner(lm)
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What is to be known of a model before jobs are handed out.
+def survey(params: Params, model: str) -> tuple[dict[str, Any], dict[Line, list[str]], list[int]]:
+    """Load a model and look at every trajectory of it, before jobs are handed out.
 
-    Attributes:
-        about: what a manifest says of it.
-        memory: bytes that a worker needs.
-        slow: positions of the methods that must ``prepare`` before they edit; the others need not wait.
-        states: of each trajectory.
+    Returns:
+        what a manifest says of the model; the states of each trajectory; positions of the methods that must
+        ``prepare`` before they edit, which the others need not wait for.
     """
-
-    about: dict[str, Any]
-    memory: int
-    slow: list[int]
-    states: dict[Line, list[str]]
-
-
-def survey(params: Params, model: str, folder: Path) -> Survey:
-    """Load a model and look at every trajectory of it."""
     lines = [Line(position, order) for position in range(len(params.methods)) for order in params.orders]
-    trajectories = {line: Trajectory(params, model, line, Store(folder)) for line in lines}
-    editors = {line.position: trajectory.editor for line, trajectory in trajectories.items()}
+    trajectories = {line: Trajectory(params, model, line) for line in lines}
     lm = trajectories[lines[0]].lm
-    weights = list(lm.model.parameters())
     about = {
         "fingerprint": lm.fingerprint,
-        "parameters": sum(weight.numel() for weight in weights),
+        "parameters": sum(weight.numel() for weight in lm.model.parameters()),
         "begin_token": lm.tokenizer.convert_ids_to_tokens(lm.begin),
     }
-    return Survey(
-        about,
-        # the weights, the original bits of what is edited, activations; libraries
-        memory=3 * sum(weight.numel() * weight.element_size() for weight in weights) + 1_500_000_000,
-        slow=[position for position, editor in editors.items() if editor.trained or editor.moments_of],
-        states={line: trajectory.states for line, trajectory in trajectories.items()},
-    )
+    states = {line: trajectory.states for line, trajectory in trajectories.items()}
+    editors = {line.position: trajectory.editor for line, trajectory in trajectories.items()}
+    return about, states, [position for position, each in editors.items() if each.trained or each.moments_of]
 
 
-def prepare(params: Params, model: str, positions: Sequence[int], folder: Path) -> None:
+def prepare(params: Params, model: str, positions: Sequence[int]) -> None:
     """What methods need before their first edit: second moments for all in one pass, and training."""
-    trajectories = [
-        Trajectory(params, model, Line(position, params.orders[0]), Store(folder)) for position in positions
-    ]
-    moments = trajectories[0].moments
-    moments.prepare(sorted({layer for trajectory in trajectories for layer in trajectory.editor.moments_of}))
+    trajectories = [Trajectory(params, model, Line(position, params.orders[0])) for position in positions]
+    layers = {layer for trajectory in trajectories for layer in trajectory.editor.moments_of}
+    trajectories[0].moments.prepare(sorted(layers))
     for trajectory in trajectories:
         trajectory.editor.prepare()
 
 
-def advance(params: Params, model: str, line: Line, folder: Path) -> None:
-    """Make all edits of a trajectory."""
-    Trajectory(params, model, line, Store(folder)).advance(max(params.edits))
-
-
-def examine(
-    params: Params, model: str, line: Line, count: int, keys: Mapping[str, tuple[str, str]], folder: Path
-) -> None:
-    """Compute cells of one checkpoint.
+def advance(params: Params, model: str, line: Line, count: int, keys: Mapping[str, tuple[str, str]]) -> None:
+    """Bring a model to one checkpoint, and compute cells there.
 
     Args:
         keys: for each benchmark the key of the cell and that of the unedited model's. What the unedited
             model generated are the guesses that make generating cheaper, whichever worker does it.
     """
-    trajectory = Trajectory(params, model, line, Store(folder))
+    trajectory = Trajectory(params, model, line)
     trajectory.advance(count)
     store, moments, examiner = trajectory.store, trajectory.moments, trajectory.examiner
     # the unedited model is asked about all edits to come, a checkpoint about those made
