@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from zlib import crc32
 
 import numpy as np
@@ -21,7 +22,6 @@ from statsmodels.stats.weightstats import ttost_paired
 from kedit.analysis.scores import COLLAPSED, FLOOR, RESAMPLES, off_chance, outcomes, shown
 from kedit.editors import kind_of
 from kedit.evaluation import benchmarks
-from kedit.evaluation.records import Item
 from kedit.study.results import Results
 
 LEVEL = 0.05
@@ -60,29 +60,23 @@ class Ability:
         """Whether the unedited model is not clearly above chance: nothing can be lost."""
         return off_chance(self.base, self.chance) < FLOOR
 
-    @cached_property
-    def _draws(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (draws, checkpoints), and those of the unedited model (draws,) on the same items."""
-        _, orders, items = self.values.shape
-        of_items = _weights(items, self.benchmark)
-        of_orders = _weights(orders, "orders")
-        means = np.einsum("ri,eoi->reo", of_items, self.values, optimize=True)
-        return np.einsum("reo,ro->re", means, of_orders), of_items @ self.base
-
-    def _share(self, score: np.ndarray, base: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (score - self.chance) / (base - self.chance)
-
     @property
     def kept(self) -> np.ndarray:
         """(checkpoints,) share of the score above chance that is kept."""
         return self._share(self.values.mean((1, 2)), self.base.mean())
 
-    @property
+    @cached_property
     def kept_draws(self) -> np.ndarray:
-        """(draws, checkpoints) the same for each draw."""
-        scores, base = self._draws
-        return self._share(scores, base[:, None])
+        """(draws, checkpoints) the same for each draw; that of the unedited model is on the same items."""
+        _, orders, items = self.values.shape
+        of_items = _weights(items, self.benchmark)
+        means = np.einsum("ri,eoi->reo", of_items, self.values, optimize=True)
+        scores = np.einsum("reo,ro->re", means, _weights(orders, "orders"))
+        return self._share(scores, (of_items @ self.base)[:, None])
+
+    def _share(self, score: np.ndarray, base: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (score - self.chance) / (base - self.chance)
 
     @property
     def change(self) -> np.ndarray:
@@ -103,22 +97,19 @@ def abilities(results: Results) -> list[Ability]:
     """
     params = results.params
     names = [*params.benchmarks, *(name for name in params.measures if name == "refusal")]
-    values: dict[tuple, list[list[float]]] = {}
+    answers: dict[tuple, list[list[float]]] = {}
     for at, name, items, _ in outcomes(results, names):
         if kind_of(at["method"]).edits:
-            key = (at["model"], at["method"], at["variant"], name)
-            values.setdefault(key, []).append(_values(name, items))
+            if name == "refusal":
+                values = [float(item["refused"]) for item in items if item["harmful"]]
+            else:
+                values = [item.get("value", math.nan) for item in items]
+            answers.setdefault((at["model"], at["method"], at["variant"], name), []).append(values)
     shape = (len(params.orders), len(params.edits), -1)
     return [
-        Ability(*key, params.edits, np.array(each, float).reshape(shape).swapaxes(0, 1).copy())
-        for key, each in values.items()
+        Ability(*key, params.edits, np.array(values, float).reshape(shape).swapaxes(0, 1).copy())
+        for key, values in answers.items()
     ]
-
-
-def _values(name: str, items: Sequence[Item]) -> list[float]:
-    if name == "refusal":
-        return [float(item["refused"]) for item in items if item["harmful"]]
-    return [item.get("value", math.nan) for item in items]
 
 
 # One ability ---------------------------------------------------------------------------------------
@@ -142,16 +133,9 @@ def no_change(change: np.ndarray) -> float:
     """p of no mean change, by flipping the signs of the items' changes at random (paired, two-sided)."""
     if not change.any():
         return 1.0
-    return float(
-        stats.permutation_test(
-            (change, np.zeros_like(change)),
-            lambda after, before, axis: (after - before).mean(axis),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=9999,
-            rng=np.random.default_rng(0),
-        ).pvalue
-    )
+    rng = np.random.default_rng(0)
+    test = stats.permutation_test((change,), np.mean, permutation_type="samples", n_resamples=9999, rng=rng)
+    return float(test.pvalue)
 
 
 def unequal(change: np.ndarray, margin: float = MARGIN) -> float:
@@ -174,8 +158,7 @@ def collapse_point(ability: Ability, share: float = COLLAPSED) -> tuple[float, f
         return np.where(below.any(-1), below.argmax(-1), len(counts) - 1)
 
     surely = np.array([interval(draws[:, at])[1] < share for at in range(draws.shape[1])])
-    spread = np.sort(first(draws < share))
-    low, high = spread[int(0.025 * len(spread))], spread[min(len(spread) - 1, int(0.975 * len(spread)))]
+    low, high = np.quantile(first(draws < share), [LEVEL / 2, 1 - LEVEL / 2], method="higher")
     return counts[int(first(surely))], counts[low], counts[high]
 
 
@@ -186,24 +169,21 @@ def effects(abilities: Sequence[Ability]) -> pd.DataFrame:
     the floor. Column ``effect``: ``fell`` or ``rose`` (significant), ``equal`` (within ``MARGIN``, by
     TOST, and not significant), ``unclear``, or ``floor``.
     """
-    rows = []
-    for ability in abilities:
-        row = {name: getattr(ability, name) for name in ("model", "method", "variant", "benchmark")}
-        row |= {"edits": ability.edits[-1], "base": ability.base.mean(), "score": ability.values[-1].mean()}
-        row |= {"delta": ability.change.mean(), "p": no_change(ability.change), "p_unequal": unequal(ability.change)}
-        row["kept"], (row["kept_low"], row["kept_high"]) = ability.kept[-1], interval(ability.kept_draws[:, -1])
-        collapse = (math.nan,) * 3 if ability.floor else collapse_point(ability)
-        row |= zip(("collapse", "collapse_low", "collapse_high"), collapse, strict=True)
-        rows.append(row | {"effect": "floor" if ability.floor else "unclear"})
-    frame = pd.DataFrame(rows)
-    frame["p_holm"] = np.nan
-    off = frame.effect != "floor"
-    for _, group in frame[off].groupby(["model", "method", "variant"], sort=False):
-        frame.loc[group.index, "p_holm"] = holm(group.p)
-    moved = off & (frame.p_holm < LEVEL)
-    frame.loc[off & (frame.p_unequal < LEVEL), "effect"] = "equal"
-    frame.loc[moved & (frame.delta < 0), "effect"] = "fell"
-    frame.loc[moved & (frame.delta > 0), "effect"] = "rose"
+    columns = ["model", "method", "variant", "benchmark", "edits", "base", "score", "delta"]
+    rows = [
+        (a.model, a.method, a.variant, a.benchmark, a.edits[-1], a.base.mean(), a.values[-1].mean(), a.change.mean())
+        for a in abilities
+    ]
+    frame = pd.DataFrame(rows, columns=columns)
+    frame["p"] = [no_change(ability.change) for ability in abilities]
+    frame["p_unequal"] = [unequal(ability.change) for ability in abilities]
+    frame["kept"] = [kept([ability]) for ability in abilities]
+    frame["collapse"] = [collapse_point(ability) for ability in abilities]
+    floor = np.array([ability.floor for ability in abilities])
+    frame["p_holm"] = frame[~floor].groupby(["model", "method", "variant"]).p.transform(holm)
+    moved = frame.p_holm < LEVEL
+    cases = [floor, moved & (frame.delta < 0), moved & (frame.delta > 0), frame.p_unequal < LEVEL]
+    frame["effect"] = np.select(cases, ["floor", "fell", "rose", "equal"], "unclear")
     return frame
 
 
@@ -272,22 +252,15 @@ def contrast(abilities: Sequence[Ability], one: str, other: str) -> pd.DataFrame
     """
     rows = []
     for (method, variant), by_benchmark in _by_method(abilities).items():
-        pairs = {
-            name: (by_model[one], by_model[other])
-            for name, by_model in by_benchmark.items()
-            if not by_model[one].floor and not by_model[other].floor
-        }
-        if not pairs:
-            continue
-        groups = {name: [pair] for name, pair in pairs.items()} | {"all": list(pairs.values())}
-        of_method = []
-        for name, group in groups.items():
-            a, b = (kept(side, EDITED) for side in zip(*group, strict=True))
-            row = {"method": method, "variant": variant, "benchmark": name, "one": a, "other": b}
-            of_method.append(row | {"difference": b - a, "p": (b - a).p})
-        *each, pooled = (row["p"] for row in of_method)
-        rows += [row | {"p_holm": p} for row, p in zip(of_method, [*holm(each), pooled], strict=True)]
-    return pd.DataFrame(rows)
+        pairs = {name: [(by_model[one], by_model[other])] for name, by_model in by_benchmark.items()}
+        pairs = {name: pair for name, pair in pairs.items() if not any(ability.floor for ability in pair[0])}
+        for name, group in (pairs | {"all": list(chain(*pairs.values()))}).items():
+            if group:
+                a, b = (kept(side, EDITED) for side in zip(*group, strict=True))
+                rows.append((method, variant, name, a, b, b - a, (b - a).p))
+    frame = pd.DataFrame(rows, columns=["method", "variant", "benchmark", "one", "other", "difference", "p"])
+    of_method = frame[frame.benchmark != "all"].groupby(["method", "variant"])
+    return frame.assign(p_holm=of_method.p.transform(holm).reindex(frame.index).fillna(frame.p))
 
 
 def sizes(results: Results) -> dict[str, int]:
@@ -300,25 +273,23 @@ def trend(abilities: Sequence[Ability], size: Mapping[str, float]) -> pd.DataFra
 
     The slope is that of the mean share kept, over all checkpoints and over the benchmarks that are off
     the floor for every model, against log10 of the parameters (least squares over models). Columns:
-    method, variant, benchmarks, kept (model -> ``Estimate``), slope (``Estimate``, per tenfold size; None
+    method, variant, benchmarks (how many), kept (model -> ``Estimate``), slope (``Estimate``, per tenfold size; None
     without common benchmarks), p.
     """
     rows = []
-    models = sorted({a.model for a in abilities}, key=size.__getitem__)
+    models = sorted(dict.fromkeys(a.model for a in abilities), key=size.__getitem__)
     x = np.log10([size[model] for model in models])
     x = x - x.mean()
     for (method, variant), by_benchmark in _by_method(abilities).items():
-        common = {n: by_model for n, by_model in by_benchmark.items() if not any(a.floor for a in by_model.values())}
-        by_size, slope = {}, None
-        if common:
-            by_size = {m: kept([by_model[m] for by_model in common.values()], EDITED) for m in models}
+        common = [of for of in by_benchmark.values() if not any(ability.floor for ability in of.values())]
+        by_size = {model: kept([of[model] for of in common], EDITED) for model in models if common}
+        slope = None
         if len(by_size) > 1:
             values = np.array([estimate.value for estimate in by_size.values()])
             draws = np.array([estimate.draws for estimate in by_size.values()])
             slope = Estimate(float(x @ values / (x @ x)), x @ draws / (x @ x))
-        row = {"method": method, "variant": variant, "benchmarks": list(common), "kept": by_size, "slope": slope}
-        rows.append(row | {"p": slope.p if slope else math.nan})
-    return pd.DataFrame(rows)
+        rows.append((method, variant, len(common), by_size, slope, slope.p if slope else math.nan))
+    return pd.DataFrame(rows, columns=["method", "variant", "benchmarks", "kept", "slope", "p"])
 
 
 def by_aspect(abilities: Sequence[Ability]) -> dict[str, list[Ability]]:

@@ -1,6 +1,6 @@
 """The figures of the questions, drawn from a run's results."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,68 +25,76 @@ from kedit.evaluation.success import METRICS
 from kedit.study.results import Results
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
-UNEDITED: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 3))}
-CHANCE: dict[str, Any] = {"color": "black", "linewidth": 0.8, "linestyle": (0, (1, 2))}
+HOLLOW = {"markerfacecolor": "white"}
+LEVELS = {
+    label: {"color": "black", "linewidth": 0.8, "linestyle": (0, dashes)}
+    for label, dashes in (("unedited", (4, 3)), ("chance", (1, 2)))
+}
 CROWD = 5
 """With more methods than this, bands give way to one interval each at the last checkpoint."""
 BROKEN = 1000.0
 """Where the axes of damage end; a curve that leaves its panel is beyond it."""
+
+Panel = Callable[[Axes], None]
+Styles = Mapping[str, Mapping[str, Any]]
+KeptCurve = tuple[Sequence[Ability], Mapping[str, Any]]
 
 
 # Panels ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _panels(
-    lines: int, columns: int, size: tuple[float, float] | None = None, **settings: Any
-) -> Iterator[tuple[Figure, np.ndarray]]:
-    """A figure of lines x columns panels in one style; closed, so that a notebook shows it once, where it is named."""
-    size = size or (2.6 * columns, 2.2 * lines)
+def _panels(lines: int, columns: int, size: tuple[float, float] = (2.6, 2.2), **settings: Any) -> Iterator[Any]:
+    """(figure, axes) of lines x columns panels, each of one size, in one style.
+
+    The figure is closed, so that a notebook shows it once, where it is named.
+    """
+    size = (size[0] * columns, size[1] * lines)
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", **settings)
         yield figure, axes
     plt.close(figure)
 
 
-def _by_edits(
-    draw: Sequence[Callable[[Axes], None]],
-    methods: Sequence[str],
-    columns: int,
-    y: str = "",
-    width: float = 2.6,
-    levels: bool = True,
-    sharey: bool = False,
-) -> Figure:
+def _by_edits(draw: Sequence[Panel], legend: Styles, columns: int, y: str = "", **settings: Any) -> Figure:
     """Panels that share the number of edits as their axis, line by line, and the legend behind the last of them."""
     columns = min(columns, len(draw) + 1)
-    lines = -(-(len(draw) + 1) // columns)
-    with _panels(lines, columns, (width * columns, 2.2 * lines), sharey=sharey) as (figure, axes):
+    with _panels(-(-(len(draw) + 1) // columns), columns, **settings) as (figure, axes):
         for ax, panel in zip(axes.flat, draw, strict=False):
             panel(ax)
         for ax in axes.flat[max(0, len(draw) - columns) : len(draw)]:
             ax.set_xlabel("sequential edits")
         for ax in axes[:, 0]:
             ax.set_ylabel(y)
-        _legend(list(axes.flat[len(draw) :]), methods, levels)
+        _legend(axes.flat[len(draw) :], legend)
     return figure
 
 
 def _style(method: str) -> dict[str, Any]:
     """How a method's curve is drawn."""
-    color, marker, dash = kind_of(method).style
-    return {"color": color, "marker": marker, "linestyle": dash, "markerfacecolor": "white"}
+    return dict(zip(("color", "marker", "linestyle"), kind_of(method).style, strict=True)) | HOLLOW
 
 
-def _legend(spare: Sequence[Axes], methods: Sequence[str], levels: bool = True) -> None:
-    """The legend, on the axes that no panel needs; with the lines of the unedited model and of chance."""
-    handles = [Line2D([], [], **_style(method), label=kind_of(method).label) for method in methods]
-    if levels:
-        handles += [Line2D([], [], **UNEDITED, label="unedited"), Line2D([], [], **CHANCE, label="chance")]
+def _styles(methods: Iterable[str]) -> Styles:
+    """What the legend says of methods."""
+    return {kind_of(method).label: _style(method) for method in methods}
+
+
+def _legend(spare: Sequence[Axes], styles: Styles) -> None:
+    """The legend, on the axes that no panel needs."""
     for ax in spare:
         ax.set_axis_off()
+    handles = [Line2D([], [], **style, label=label) for label, style in styles.items()]
     columns = 1 + (len(handles) > 8)
     legend = spare[0].legend(handles=handles, loc="center left", ncol=columns, handlelength=2.6, fontsize=8)
     legend.set_in_layout(len(spare) == 1)  # with free axes beside it no panel need give way
+
+
+def _curve(ax: Axes, edits: Any, values: Any, band: tuple[Any, Any] | None, style: Mapping[str, Any]) -> None:
+    """A curve and, around it, its band from low to high."""
+    ax.plot(edits, values, **style)
+    if band is not None:
+        ax.fill_between(edits, *band, color=style["color"], alpha=0.14, linewidth=0)
 
 
 def _edit_axis(ax: Axes, counts: Sequence[int]) -> None:
@@ -99,8 +107,8 @@ def _edit_axis(ax: Axes, counts: Sequence[int]) -> None:
 
 
 def _levels(ax: Axes, unedited: float, chance: float) -> None:
-    ax.axhline(unedited, **UNEDITED, zorder=1.5)
-    ax.axhline(chance, **CHANCE, zorder=1.5)
+    for level, style in zip((unedited, chance), LEVELS.values(), strict=True):
+        ax.axhline(level, **style, zorder=1.5)
 
 
 # Scores against the number of edits -----------------------------------------------------------------
@@ -108,18 +116,15 @@ def _levels(ax: Axes, unedited: float, chance: float) -> None:
 
 def curves_panel(ax: Axes, rows: pd.DataFrame, title: str, **font: str) -> None:
     """One curve a method of some number from 0 to 1, with its 95% interval unless it edits nothing."""
-    methods = list(dict.fromkeys(rows.method))
-    for index, method in enumerate(methods):
-        curve, color = rows[rows.method == method].sort_values("edits"), kind_of(method).style[0]
-        ax.plot(curve.edits, curve.value, **_style(method))
-        if not kind_of(method).edits:
-            continue
-        if len(methods) <= CROWD:
-            ax.fill_between(curve.edits, curve.ci_low, curve.ci_high, color=color, alpha=0.14, linewidth=0)
-        else:
+    count = rows.method.nunique()
+    for index, (method, curve) in enumerate(rows.sort_values("edits", kind="stable").groupby("method", sort=False)):
+        style, edits = _style(method), kind_of(method).edits
+        band = (curve.ci_low, curve.ci_high) if edits and count <= CROWD else None
+        _curve(ax, curve.edits, curve.value, band, style)
+        if edits and count > CROWD:
             end = curve.iloc[-1]
-            where = end.edits * (1.04 + 0.16 * index / len(methods))  # side by side
-            ax.plot([where, where], [end.ci_low, end.ci_high], color=color, linewidth=0.9, linestyle="-")
+            where = end.edits * (1.04 + 0.16 * index / count)  # side by side
+            ax.plot([where, where], [end.ci_low, end.ci_high], color=style["color"], linewidth=0.9, linestyle="-")
     ax.set_title(title, **font)
     _edit_axis(ax, sorted(rows.edits.unique()))
 
@@ -148,7 +153,7 @@ def overlay(ax: Axes, rows: pd.DataFrame) -> None:
         ax.annotate(method, (curve.edits.iloc[-1], curve.score.iloc[-1]), color="#8c8c8c", fontsize=5, va="bottom")
 
 
-def _ability_panels(curves: pd.DataFrame, names: Sequence[str]) -> list[Callable[[Axes], None]]:
+def _ability_panels(curves: pd.DataFrame, names: Sequence[str]) -> list[Panel]:
     return [partial(ability_panel, rows=curves[curves.benchmark == name], benchmark=name) for name in names]
 
 
@@ -158,17 +163,16 @@ def rq1(results: Results) -> dict[str, Figure]:
     success = curves[curves.benchmark == "edit"]
     panels = [partial(success_panel, rows=success, metric=metric) for metric in METRICS]
     panels += _ability_panels(curves, results.params.benchmarks)
-    figure = _by_edits(panels, list(dict.fromkeys(curves.method)), 4, "score", sharey=True)
+    figure = _by_edits(panels, _styles(curves.method.unique()) | LEVELS, 4, "score", sharey=True)
     return {"figure": figure, "retention": retention(results)}
 
 
 def retention(results: Results) -> Figure:
     """Is an edit still there after n more? One curve a method (``scores.retention``)."""
     kept = scores.retention(results)
-    bins, methods = list(dict.fromkeys(kept.after)), list(dict.fromkeys(kept.method))
-    with _panels(1, 2, (6.8, 2.6), width_ratios=(2.2, 1)) as (figure, ((ax, spare),)):
-        for index, method in enumerate(methods):
-            curve = kept[kept.method == method]
+    bins, methods = list(kept.after.unique()), kept.method.unique()
+    with _panels(1, 2, (3.4, 2.6), width_ratios=(2.2, 1)) as (figure, ((ax, spare),)):
+        for index, (method, curve) in enumerate(kept.groupby("method", sort=False)):
             where = [bins.index(name) + 0.3 * (index / max(1, len(methods) - 1) - 0.5) for name in curve.after]
             ax.plot(where, curve.value, **_style(method))
             ax.vlines(where, curve.ci_low, curve.ci_high, color=_style(method)["color"], linewidth=0.8)
@@ -176,7 +180,7 @@ def retention(results: Results) -> Figure:
         ax.set_xlabel("edits made since")
         ax.set_ylabel("still in place (reliability)")
         ax.set_ylim(-0.03, 1.03)
-        _legend([spare], methods, levels=False)
+        _legend([spare], _styles(methods))
     return figure
 
 
@@ -185,34 +189,31 @@ def rq5(results: Results) -> dict[str, Figure]:
     curves, behind = scores.curves(results), over_edits(results)
     panels = _ability_panels(curves, results.params.benchmarks)
     panels += [partial(curves_panel, rows=rows, title=name) for name, rows in behind.groupby("measure", sort=False)]
-    return {"figure": _by_edits(panels, list(dict.fromkeys(curves.method)), 3, "score or share")}
+    return {"figure": _by_edits(panels, _styles(curves.method.unique()) | LEVELS, 3, "score or share")}
 
 
 # Share kept ------------------------------------------------------------------------------------------
 
 
-def _kept_panel(
-    ax: Axes, curves: Sequence[tuple[Sequence[Ability], str, str, str]], counts: Sequence[int], title: str
-) -> None:
-    """Mean share kept of (abilities, colour, marker, dash), with 95% bands; 1 is the unedited model, 0 chance."""
-    for abilities, color, marker, dash in curves:
+def _kept_panel(ax: Axes, curves: Iterable[KeptCurve], counts: Sequence[int], title: str) -> None:
+    """Mean share kept of some abilities, in a style, with 95% bands; 1 is the unedited model, 0 chance."""
+    for abilities, style in curves:
         points = [inference.kept(abilities, at) for at in range(len(counts))]
-        values, (low, high) = [point.value for point in points], np.transpose([point.interval for point in points])
-        ax.plot(counts, values, color=color, marker=marker, linestyle=dash, markerfacecolor="white")
-        ax.fill_between(counts, low, high, color=color, alpha=0.14, linewidth=0)
+        band = np.transpose([point.interval for point in points])
+        _curve(ax, counts, [point.value for point in points], band, style)
     ax.set_title(title)
     _edit_axis(ax, counts)
     ax.set_ylim(-0.28, 1.28)
     _levels(ax, 1, 0)
 
 
-def _forest(ax: Axes, names: Sequence[str], estimates: Sequence[Estimate], color: str, marker: str) -> None:
+def _forest(ax: Axes, names: Sequence[str], estimates: Sequence[Estimate], style: Mapping[str, Any]) -> None:
     """Numbers with their 95% intervals, one under the other; hollow where the interval holds 0."""
     for row, estimate in enumerate(estimates):
         low, high = estimate.interval
-        ax.plot([low, high], [row, row], color=color, linewidth=1.0)
-        face = "white" if low <= 0 <= high else color
-        ax.plot([estimate.value], [row], marker=marker, color=color, markerfacecolor=face, linestyle="none")
+        ax.plot([low, high], [row, row], color=style["color"], linewidth=1.0)
+        face = "white" if low <= 0 <= high else style["color"]
+        ax.plot([estimate.value], [row], **style | {"markerfacecolor": face, "linestyle": "none"})
     ax.axvline(0, color="black", linewidth=0.8, zorder=1.5)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
@@ -226,29 +227,25 @@ def rq2(results: Results) -> dict[str, Figure]:
     """
     abilities, models, counts = inference.abilities(results), results.params.models, results.params.edits
     table = inference.contrast(abilities, *models)
-    methods = list(dict.fromkeys(table.method))
-    dashes = dict(zip(("base", "instruction-tuned"), ("-", "--"), strict=True))
-    with _panels(2, len(methods) + 1) as (figure, axes):
-        for (top, below), method in zip(axes.T, methods, strict=False):
-            color, marker, _ = kind_of(method).style
-            rows = table[table.method == method]
-            common = [a for a in abilities if a.method == method and a.benchmark in set(rows.benchmark)]
+    dashes = {"base": "-", "instruction-tuned": "--"}
+    by_method = table.groupby("method", sort=False)
+    with _panels(2, len(by_method) + 1) as (figure, axes):
+        for (top, below), (method, rows) in zip(axes.T, by_method, strict=False):
+            style, names = _style(method), list(rows.benchmark)
+            common = [a for a in abilities if a.method == method and a.benchmark in names]
             curves = [
-                ([a for a in common if a.model == model], color, marker, dash)
+                ([a for a in common if a.model == model], style | {"linestyle": dash})
                 for model, dash in zip(models, dashes.values(), strict=True)
             ]
             _kept_panel(top, curves, counts, kind_of(method).label)
             top.set_xlabel("sequential edits")
-            _forest(below, list(rows.benchmark), list(rows.difference), color, marker)
+            _forest(below, names, list(rows.difference), style)
             below.set_xlabel("tuned keeps more by")
-            if method != methods[0]:
-                below.set_yticklabels([])
+        for ax in axes[1, 1:-1]:
+            ax.set_yticklabels([])
         axes[0, 0].set_ylabel("share kept")
-        handles = [Line2D([], [], color="black", linestyle=dash, label=name) for name, dash in dashes.items()]
-        handles += [Line2D([], [], **CHANCE, label="chance")]
-        for ax in axes[::-1, -1]:
-            ax.set_axis_off()
-        axes[0, -1].legend(handles=handles, loc="center left", handlelength=2.6, fontsize=8)
+        black = {name: {"color": "black", "linestyle": dash} for name, dash in dashes.items()}
+        _legend(axes[:, -1], black | {"chance": LEVELS["chance"]})
     return {"figure": figure}
 
 
@@ -256,30 +253,28 @@ def rq3(results: Results) -> dict[str, Figure]:
     """One row a method, one column a benchmark, one curve a model size; last, the trend with size."""
     abilities, size = inference.abilities(results), inference.sizes(results)
     models = sorted(size, key=size.__getitem__)
-    shades = dict(zip(models, plt.get_cmap("viridis_r")(np.linspace(0.12, 0.95, len(models))), strict=True))
+    shades = plt.get_cmap("viridis_r")(np.linspace(0.12, 0.95, len(models)))
+    styles = {m: {"color": shade, "marker": "o"} | HOLLOW for m, shade in zip(models, shades, strict=True)}
     table = inference.trend(abilities, size)
     names = results.params.benchmarks
     with _panels(len(table), len(names) + 1) as (figure, axes):
         for line, row in zip(axes, table.itertuples(), strict=True):
             for ax, name in zip(line, names, strict=False):
                 by_model = {a.model: a for a in abilities if (a.method, a.benchmark) == (row.method, name)}
-                curves = [([by_model[model]], shades[model], "o", "-") for model in models if not by_model[model].floor]
+                curves = [([by_model[m]], styles[m] | {"linestyle": "-"}) for m in models if not by_model[m].floor]
                 floors = len(models) - len(curves)
-                title = name + (f"  [{floors} at the floor]" if floors else "")
-                _kept_panel(ax, curves, results.params.edits, title)
+                _kept_panel(ax, curves, results.params.edits, name + f"  [{floors} at the floor]" * (floors > 0))
             line[0].set_ylabel(f"{kind_of(row.method).label}: share kept")
-            _trend(line[-1], row, size, shades, kind_of(row.method).style[0])
+            _trend(line[-1], row, size, styles)
         for ax in axes[-1, :-1]:
             ax.set_xlabel("sequential edits")
         axes[-1, -1].set_xlabel("parameters")
-        handles = [
-            Line2D([], [], color=shades[model], marker="o", markerfacecolor="white", label=model) for model in models
-        ]
+        handles = [Line2D([], [], **style, label=model) for model, style in styles.items()]
         figure.legend(handles=handles, loc="outside lower center", ncol=len(models), fontsize=8)
     return {"figure": figure}
 
 
-def _trend(ax: Axes, row: Any, size: Mapping[str, float], shades: Mapping[str, Any], color: str) -> None:
+def _trend(ax: Axes, row: Any, size: Mapping[str, float], styles: Styles) -> None:
     ax.set_title("mean against size")
     ax.set_xscale("log")
     ax.set_ylim(-0.28, 1.28)
@@ -288,11 +283,12 @@ def _trend(ax: Axes, row: Any, size: Mapping[str, float], shades: Mapping[str, A
         return
     for model, estimate in row.kept.items():
         error = np.abs(np.subtract(estimate.interval, estimate.value))[:, None]
-        style = {"color": shades[model], "marker": "o", "markerfacecolor": "white", "linewidth": 1.0}
-        ax.errorbar(size[model], estimate.value, error, **style)
+        ax.errorbar(size[model], estimate.value, error, **styles[model], linewidth=1.0)
     x = np.log10([size[model] for model in row.kept])
     middle = np.mean([estimate.value for estimate in row.kept.values()])
-    ax.plot(10**x, middle + row.slope.value * (x - x.mean()), color=color, linewidth=1.0, zorder=1.4)
+    ax.plot(
+        10**x, middle + row.slope.value * (x - x.mean()), color=_style(row.method)["color"], linewidth=1.0, zorder=1.4
+    )
     ax.text(0.03, 0.03, f"slope {row.slope}", transform=ax.transAxes, fontsize=7)
     ax.minorticks_off()
 
@@ -301,7 +297,8 @@ def rq4(results: Results) -> dict[str, Figure]:
     """Share of each aspect of ability that is kept at the last checkpoint, by method."""
     aspects = inference.by_aspect(inference.abilities(results))
     methods = list(dict.fromkeys(a.method for group in aspects.values() for a in group))
-    with _panels(1, 2, (8.8, 3.2), width_ratios=(4, 1)) as (figure, ((ax, spare),)):
+    labels = [f"{name}\n({', '.join(dict.fromkeys(a.benchmark for a in group))})" for name, group in aspects.items()]
+    with _panels(1, 2, (4.4, 3.2), width_ratios=(4, 1)) as (figure, ((ax, spare),)):
         for column, group in enumerate(aspects.values()):
             for index, method in enumerate(methods):
                 estimate = inference.kept([a for a in group if a.method == method])
@@ -310,13 +307,10 @@ def rq4(results: Results) -> dict[str, Figure]:
                 ax.plot(where, estimate.value, **_style(method) | {"linestyle": "none"})
             ax.axvspan(column - 0.45, column + 0.45, color="#f4f4f4", zorder=0)
         _levels(ax, 1, 0)
-        benchmarks_of = [", ".join(dict.fromkeys(a.benchmark for a in group)) for group in aspects.values()]
-        ax.set_xticks(
-            range(len(aspects)), [f"{name}\n({shown})" for name, shown in zip(aspects, benchmarks_of, strict=True)]
-        )
+        ax.set_xticks(range(len(aspects)), labels)
         ax.grid(visible=False, axis="x")
         ax.set_ylabel(f"share kept after {results.params.edits[-1]} edits")
-        _legend([spare], methods)
+        _legend([spare], _styles(methods) | LEVELS)
     return {"figure": figure}
 
 
@@ -326,10 +320,9 @@ def rq4(results: Results) -> dict[str, Figure]:
 def _damage_panel(ax: Axes, rows: pd.DataFrame, name: str, title: str, scale: str) -> None:
     """One indicator, or the ability ``kept``: the median of the orders, with the range between them."""
     finite = rows[name].where(rows[name].abs() < float("inf"))
-    for method in dict.fromkeys(rows.method):
-        curve = finite[rows.method == method].groupby(rows.edits).agg(["min", "median", "max"])
-        ax.fill_between(curve.index, curve["min"], curve["max"], color=_style(method)["color"], alpha=0.14, linewidth=0)
-        ax.plot(curve.index, curve["median"], **_style(method))
+    for method, values in finite.groupby(rows.method, sort=False):
+        curve = values.groupby(rows.edits).agg(["min", "median", "max"])
+        _curve(ax, curve.index, curve["median"], (curve["min"], curve["max"]), _style(method))
     ax.set_title(title)
     _edit_axis(ax, sorted(rows.edits.unique()))
     if name == "kept":
@@ -346,13 +339,13 @@ def damage(checkpoints: pd.DataFrame) -> Figure:
     Args:
         checkpoints: as ``damage.predictors`` takes them, unedited checkpoints included.
     """
-    shown = {"kept": ("ability kept", "linear")} | {name: (i.title, i.axis) for name, i in INDICATORS.items()}
+    drawn = [("kept", "ability kept", "linear"), *((name, i.title, i.axis) for name, i in INDICATORS.items())]
     panels = [
         partial(_damage_panel, rows=checkpoints, name=name, title=title, scale=scale)
-        for name, (title, scale) in shown.items()
+        for name, title, scale in drawn
         if name in checkpoints
     ]
-    return _by_edits(panels, list(dict.fromkeys(checkpoints.method)), 5, width=2.2, levels=False)
+    return _by_edits(panels, _styles(checkpoints.method.unique()), 5, size=(2.2, 2.2))
 
 
 def discussion(results: Results) -> dict[str, Figure]:

@@ -12,16 +12,11 @@ import kedit
 from kedit.evaluation import benchmarks
 from kedit.registry import unknown
 
-TABLES = {1: "GPT2-XL", 2: "base models", 3: "instruction-tuned models", 4: "Pythia", 5: "safety"}
-COLUMNS = ["table", "model", "method", "edits", "benchmark", "score", "note"]
-
 
 @cache
 def _every() -> pd.DataFrame:
-    frame = pd.read_csv(kedit.ROOT / "kedit" / "data" / "published.csv", dtype={"note": str}, keep_default_na=False)
-    frame["score"] = frame["score"].astype(float)
-    frame["method"] = frame["method"].str.lower()
-    return frame[COLUMNS]
+    path = kedit.ROOT / "kedit" / "data" / "published.csv"
+    return pd.read_csv(path, dtype={"note": str}, converters={"method": str.lower}, keep_default_na=False)
 
 
 def _plain(model: str) -> str:
@@ -61,21 +56,19 @@ def decline(tables: list[int], models: list[str] | None = None) -> pd.DataFrame:
     Raises:
         KeditError: a table or model that was not published.
     """
-    for number in tables:
-        if number not in TABLES:
-            raise unknown("the study's table", number, map(str, TABLES))
     rows = _every()
+    for number in tables:
+        if number not in set(rows.table):
+            raise unknown("the study's table", number, map(str, sorted(rows.table.unique())))
     for model in models or ():
         if _plain(model) not in set(rows.model.map(_plain)):
             raise unknown("published model", model, rows.model.unique())
     rows = rows[rows.table.isin(tables)]
     if models is not None:
-        rows = rows[rows.model.map(_plain).isin([_plain(model) for model in models])]
-    base = rows[rows.method == "none"].set_index(["model", "benchmark"]).score
-    edited = rows[rows.method != "none"].copy()
-    kept = edited.score / base.reindex(pd.MultiIndex.from_frame(edited[["model", "benchmark"]])).to_numpy()
-    edited["shown"] = kept.map("{:.2f}".format) + edited.note.map(lambda note: "*" if note else "")
+        rows = rows[rows.model.map(_plain).isin(map(_plain, models))]
+    unedited, edited = rows[rows.method == "none"], rows[rows.method != "none"]
+    rows = edited.merge(unedited, how="left", on=["model", "benchmark"], suffixes=("", "_unedited"))
+    rows["shown"] = (rows.score / rows.score_unedited).map("{:.2f}".format) + rows.note.where(rows.note == "", "*")
     index = ["model", "method", "edits"]
-    table = edited.pivot(index=index, columns="benchmark", values="shown").fillna("-")
-    table = table.reindex(pd.MultiIndex.from_frame(edited[index].drop_duplicates()))
-    return table[list(dict.fromkeys(edited.benchmark))].rename_axis(columns=None)
+    table = rows.pivot(index=index, columns="benchmark", values="shown").fillna("-").rename_axis(columns=None)
+    return table.reindex(pd.MultiIndex.from_frame(rows[index].drop_duplicates()), columns=rows.benchmark.unique())

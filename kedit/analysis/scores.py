@@ -165,13 +165,11 @@ def retention(results: Results) -> pd.DataFrame:
             for item in record["items"]:
                 age = record["edits"] - number[*trajectory, item["id"]]
                 bins.setdefault(max(edge for edge in AGES if edge <= age), []).append(item)
-    rows = []
-    for method, bins in ages.items():
-        for edge, following in pairwise(AGES):
-            if edge in bins:
-                row = summarise(bins[edge])
-                name = str(edge) if following == edge + 1 else f"{edge}-{following - 1}"
-                rows.append(
-                    {"method": method, "after": name} | {k: row[k] for k in ("value", "ci_low", "ci_high", "n")}
-                )
-    return pd.DataFrame(rows)
+    names = {edge: str(edge) if end == edge + 1 else f"{edge}-{end - 1}" for edge, end in pairwise(AGES)}
+    rows = [
+        {"method": method, "after": name, **summarise(bins[edge])}
+        for method, bins in ages.items()
+        for edge, name in names.items()
+        if edge in bins
+    ]
+    return pd.DataFrame(rows, columns=["method", "after", "value", "ci_low", "ci_high", "n"])

@@ -13,11 +13,9 @@ from kedit.study.results import Results
 pd.options.display.max_rows = 500  # a notebook's table says something in every row
 
 
-def _shown(
-    rows: pd.DataFrame, value: str = "value", low: str = "ci_low", high: str = "ci_high", sign: str = ""
-) -> pd.Series:
+def _shown(rows: pd.DataFrame, name: str = "value", interval: str = "ci", sign: str = "") -> pd.Series:
     """Each row's number with its interval."""
-    numbers = rows[[value, low, high]].to_numpy(float)
+    numbers = rows[[name, f"{interval}_low", f"{interval}_high"]].to_numpy(float)
     return pd.Series([shown(*three, sign) for three in numbers], rows.index)
 
 
@@ -56,8 +54,7 @@ def ability_table(curves: pd.DataFrame) -> pd.DataFrame:
     rows = curves[curves.benchmark != "edit"]
     base = rows[rows.edits == 0].drop_duplicates("benchmark").set_index("benchmark")
     last = rows[rows.edits == rows.edits.max()]
-    table = _pivot(last, "benchmark", "method", _shown(last, "delta", "delta_low", "delta_high", "+"))
-    table = table.reindex(base.index)
+    table = _pivot(last, "benchmark", "method", _shown(last, "delta", "delta", "+")).reindex(base.index)
     table.insert(0, "unedited", _shown(base))
     table.insert(1, "chance", base.chance.map("{:.2f}".format))
     table.insert(2, "off the floor", base.status.map(lambda status: "no" if status == "floor" else "yes"))
@@ -97,22 +94,20 @@ def floor_table(abilities: Sequence[Ability]) -> pd.DataFrame:
 
 def journal_table(results: Results) -> pd.DataFrame:
     """What the journals say of the edits: amplification, size of the change, steps, bytes on disk."""
-    columns = ["method", "bytes", "failed", "steps", "relative_change", "amplification"]
     edits = pd.DataFrame([{"method": e.method, "bytes": e.bytes, **e.info} for e in results.edits])
-    edits = edits.reindex(columns=columns)
+    edits = edits.reindex(columns=["method", "bytes", "failed", "steps", "relative_change", "amplification"])
     edits["relative_change"] = edits.relative_change.map(lambda each: max(each) if isinstance(each, list) else each)
-    methods = edits.groupby("method", sort=False)
-    table = pd.DataFrame(
-        {
-            "edits": methods.size(),
-            "failed": methods.failed.count(),
-            "median steps": methods.steps.median(),
-            "median |dW|/|W|": methods.relative_change.median().round(3),
-            "median amplification": methods.amplification.median().round(2),
-            "largest amplification": methods.amplification.max().round(2),
-            "bytes an edit": methods.bytes.median().astype(int),
-        }
-    )
+    columns = {
+        "edits": ("method", "size"),
+        "failed": ("failed", "count"),
+        "median steps": ("steps", "median"),
+        "median |dW|/|W|": ("relative_change", "median"),
+        "median amplification": ("amplification", "median"),
+        "largest amplification": ("amplification", "max"),
+        "bytes an edit": ("bytes", "median"),
+    }
+    table = edits.groupby("method", sort=False).agg(**columns).astype({"bytes an edit": int})
+    table = table.round(dict.fromkeys(columns, 2) | {"median |dW|/|W|": 3})
     return table.astype(object).where(table.notna(), "-")
 
 
@@ -122,26 +117,22 @@ def journal_table(results: Results) -> pd.DataFrame:
 def effects_table(abilities: Sequence[Ability]) -> pd.DataFrame:
     """What became of each ability at the last checkpoint (``inference.effects``)."""
 
-    def count(edits: float) -> str:
-        return "never" if math.isinf(edits) else f"{edits:.0f}"
-
     rows = effects(abilities)
     off = rows.effect != "floor"
-    point, low, high = (rows[name].map(count) for name in ("collapse", "collapse_low", "collapse_high"))
-    table = pd.DataFrame(
-        {
-            "model": rows.model,
-            "method": rows.method.map(_label),
-            "benchmark": rows.benchmark,
-            "unedited": rows.base.map("{:.2f}".format),
-            f"after {rows.edits.iloc[0]}": rows.score.map("{:.2f}".format),
-            "share kept": _shown(rows, "kept", "kept_low", "kept_high").where(off, "-"),
-            "p (Holm)": rows.p_holm.map(_p),
-            "effect": rows.effect,
-            "collapse": (point + " [" + low + ", " + high + "]").where(off, "-"),
-        }
-    ).set_index(["model", "method", "benchmark"])
+    table = rows[["model", "method", "benchmark"]].assign(method=rows.method.map(_label))
+    table["unedited"] = rows.base.map("{:.2f}".format)
+    table[f"after {rows.edits.iloc[0]}"] = rows.score.map("{:.2f}".format)
+    table["share kept"] = rows.kept.map(str).where(off, "-")
+    table["p (Holm)"] = rows.p_holm.map(_p)
+    table["effect"] = rows.effect
+    table["collapse"] = rows.collapse.map(_collapse).where(off, "-")
+    table = table.set_index(["model", "method", "benchmark"])
     return table if rows.model.nunique() > 1 else table.droplevel("model")
+
+
+def _collapse(counts: Sequence[float]) -> str:
+    point, low, high = ("never" if math.isinf(count) else f"{count:.0f}" for count in counts)
+    return f"{point} [{low}, {high}]"
 
 
 def contrast_table(contrast: pd.DataFrame) -> pd.DataFrame:
@@ -158,7 +149,7 @@ def trend_table(trend: pd.DataFrame) -> pd.DataFrame:
     rows = [
         {"method": _label(row.method)}
         | {model: str(estimate) for model, estimate in row.kept.items()}
-        | {"slope": str(row.slope or "-"), "p": _p(row.p), "benchmarks": len(row.benchmarks)}
+        | {"slope": str(row.slope or "-"), "p": _p(row.p), "benchmarks": row.benchmarks}
         for row in trend.itertuples()
     ]
     return pd.DataFrame(rows).set_index("method")
@@ -166,13 +157,10 @@ def trend_table(trend: pd.DataFrame) -> pd.DataFrame:
 
 def aspect_table(abilities: Sequence[Ability]) -> pd.DataFrame:
     """Share kept of each aspect under each method at the last checkpoint."""
-    rows = {
-        _label(method): {
-            aspect: str(kept(group))
-            for aspect, group in by_aspect([a for a in abilities if a.method == method]).items()
-        }
-        for method in dict.fromkeys(ability.method for ability in abilities)
-    }
+    rows: dict[str, dict[str, str]] = {}
+    for method in dict.fromkeys(ability.method for ability in abilities):
+        aspects = by_aspect([ability for ability in abilities if ability.method == method])
+        rows[_label(method)] = {aspect: str(kept(group)) for aspect, group in aspects.items()}
     return pd.DataFrame(rows).T
 
 
@@ -188,7 +176,7 @@ def safety_table(measures: pd.DataFrame) -> pd.DataFrame:
 def predictors_table(predictors: pd.DataFrame) -> pd.DataFrame:
     """``damage.predictors``."""
     table = pd.DataFrame({"measure": predictors.measure})
-    table["rho"] = _shown(predictors, "rho", "rho_low", "rho_high")
+    table["rho"] = _shown(predictors, "rho", "rho")
     table["alarm at"] = predictors.threshold
     table["before"] = [f"{row.before} of {row.collapsed}" for row in predictors.itertuples()]
     table["lead"] = predictors.lead.map(lambda lead: "-" if math.isnan(lead) else f"{lead:.0f}")

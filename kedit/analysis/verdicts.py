@@ -4,7 +4,7 @@ Every function takes what ``inference`` or ``damage`` computed and returns a ``V
 supported*, *inconclusive* about what the study said, and the sentence with the numbers it rests on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -28,12 +28,21 @@ class Verdict:
         return f"{self.claim}: {self.word.upper()}. {self.because}"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if names else "none"
+def _word(supported: bool, not_supported: bool) -> str:
+    return "supported" if supported else "not supported" if not_supported else "inconclusive"
 
 
-def _labels(methods: Sequence[str]) -> str:
-    return _listed([kind_of(method).label for method in methods])
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _labels(methods: Iterable[str]) -> str:
+    return _listed(kind_of(method).label for method in methods)
+
+
+def _each(rows: pd.DataFrame, template: str) -> str:
+    """What is said of each row: ``template`` has fields of the row ``r``, and the ``label`` of its method."""
+    return "; ".join(template.format(r=row, label=kind_of(row.method).label) for row in rows.itertuples())
 
 
 def number_of_edits(abilities: Sequence[Ability]) -> Verdict:
@@ -43,16 +52,18 @@ def number_of_edits(abilities: Sequence[Ability]) -> Verdict:
     has one and at least one method kept all its abilities equal; anything between is said method by method.
     """
     effects = inference.effects(abilities)
-    fell, equal, unclear, losses = [], [], [], []
-    for method, rows in effects[effects.effect != "floor"].groupby("method", sort=False):
-        lost = rows[rows.effect == "fell"]
-        (fell if len(lost) else equal if (rows.effect == "equal").all() else unclear).append(method)
-        if len(lost):
-            worst = lost.loc[lost.kept.idxmin()]
-            losses.append(
-                f"{kind_of(method).label} lost {len(lost)} of {len(rows)} abilities, most of {worst.benchmark}, of "
-                f"which it kept {shown(worst.kept, worst.kept_low, worst.kept_high)}"
-            )
+    groups = dict(iter(effects[effects.effect != "floor"].groupby("method", sort=False)))
+    lost = {method: rows[rows.effect == "fell"] for method, rows in groups.items()}
+    fell = [method for method in groups if len(lost[method])]
+    equal = [method for method, rows in groups.items() if (rows.effect == "equal").all()]
+    unclear = [method for method in groups if method not in [*fell, *equal]]
+    losses = []
+    for method in fell:
+        worst = min(lost[method].itertuples(), key=lambda row: row.kept.value)
+        losses.append(
+            f"{kind_of(method).label} lost {len(lost[method])} of {len(groups[method])} abilities, "
+            f"most of {worst.benchmark}, of which it kept {worst.kept}"
+        )
     claim = f"Sequential edits damage general abilities ({effects.edits.max()} edits)"
     if fell and equal:
         claim += ", by some methods and not by others"
@@ -62,14 +73,14 @@ def number_of_edits(abilities: Sequence[Ability]) -> Verdict:
     )
     if losses:
         because += f" {'; '.join(losses)}."
-    return Verdict(claim, "supported" if fell else "not supported" if equal else "inconclusive", because)
+    return Verdict(claim, _word(bool(fell), bool(equal)), because)
 
 
 def _direction(claim: str, estimates: Sequence[Estimate], because: str) -> Verdict:
     """Supported if some estimate is above 0 and none below (Holm over them), not supported if one is below."""
     moved = [e.value for e, p in zip(estimates, holm([e.p for e in estimates]), strict=True) if p < LEVEL]
-    word = "not supported" if any(value < 0 for value in moved) else "supported" if moved else "inconclusive"
-    return Verdict(claim, word, because)
+    down = any(value < 0 for value in moved)
+    return Verdict(claim, _word(bool(moved) and not down, down), because)
 
 
 def instruction_tuning(abilities: Sequence[Ability], base: str, tuned: str) -> Verdict:
@@ -82,11 +93,8 @@ def instruction_tuning(abilities: Sequence[Ability], base: str, tuned: str) -> V
     if not len(table):
         return Verdict(claim, "inconclusive", "No benchmark is off the floor for both models.")
     pooled = table[table.benchmark == "all"]
-    methods = "; ".join(
-        f"{kind_of(row.method).label}: kept {row.one} against {row.other}, difference {row.difference}"
-        for row in pooled.itertuples()
-    )
-    because = f"Mean share kept over checkpoints and benchmarks, base against tuned: {methods}."
+    kept = _each(pooled, "{label}: kept {r.one} against {r.other}, difference {r.difference}")
+    because = f"Mean share kept over checkpoints and benchmarks, base against tuned: {kept}."
     return _direction(claim, pooled.difference, because)
 
 
@@ -100,11 +108,7 @@ def model_scale(abilities: Sequence[Ability], size: Mapping[str, float]) -> Verd
     table = table[table.slope.notna()]
     if not len(table):
         return Verdict(claim, "inconclusive", "No benchmark is off the floor at every size: nothing can be compared.")
-    slopes = "; ".join(
-        f"{kind_of(row.method).label}: {row.slope} of the ability per tenfold size, over {len(row.benchmarks)} "
-        "benchmarks"
-        for row in table.itertuples()
-    )
+    slopes = _each(table, "{label}: {r.slope} of the ability per tenfold size, over {r.benchmarks} benchmarks")
     return _direction(claim, table.slope, f"Slope of the share kept: {slopes}.")
 
 
@@ -133,8 +137,7 @@ def ability_aspects(abilities: Sequence[Ability]) -> Verdict:
     if apart:
         first, second = max(apart, key=lambda names: abs(pairs[names].value))
         because += f" Furthest apart: {first} and {second}, by {pairs[first, second]}."
-    word = "not supported" if apart else "supported" if len(equal) == len(pairs) else "inconclusive"
-    return Verdict(claim, word, because)
+    return Verdict(claim, _word(not apart and len(equal) == len(pairs), bool(apart)), because)
 
 
 def safety(abilities: Sequence[Ability]) -> Verdict:
@@ -147,19 +150,15 @@ def safety(abilities: Sequence[Ability]) -> Verdict:
     if not len(off):
         return Verdict(claim, "inconclusive", because)
     fell, equal = off[off.effect == "fell"], off[off.effect == "equal"]
-    losses = "; ".join(
-        f"{kind_of(row.method).label} on {row.benchmark} {row.base:.2f} to {row.score:.2f} (Holm p "
-        f"{'below 0.001' if row.p_holm < 0.001 else f'{row.p_holm:.3f}'})"
-        for row in fell.itertuples()
-    )
+    if len(fell):
+        p = fell.p_holm.map(lambda p: "below 0.001" if p < 0.001 else f"{p:.3f}")
+        losses = _each(fell.assign(p=p), "{label} on {r.benchmark} {r.base:.2f} to {r.score:.2f} (Holm p {r.p})")
+        because = f"Fell: {losses}. {because}"
     because = (
         f"After {off.edits.max()} edits {len(fell)} of {len(off)} scores off the floor fell, {len(equal)} are "
-        f"equal within {MARGIN:.2f}, {len(off) - len(fell) - len(equal)} are neither. "
-        + (f"Fell: {losses}. " if losses else "")
-        + because
+        f"equal within {MARGIN:.2f}, {len(off) - len(fell) - len(equal)} are neither. {because}"
     )
-    word = "supported" if len(fell) else "not supported" if len(equal) == len(off) else "inconclusive"
-    return Verdict(claim, word, because)
+    return Verdict(claim, _word(len(fell) > 0, len(equal) == len(off)), because)
 
 
 def structure_damage(predictors: pd.DataFrame) -> Verdict:
