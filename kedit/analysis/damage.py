@@ -110,29 +110,27 @@ def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
         those that cross it at all (0 at the same checkpoint, negative after it). ``false_alarms``: trajectories
         that cross it and do not collapse.
     """
-    names = [name for name in TRAJECTORY if name in checkpoints]
     edited = (checkpoints.edits > 0) & checkpoints.method.map(lambda method: kind_of(method).edits)
     frame = checkpoints[edited].sort_values("edits", kind="stable")
+    names = [name for name in TRAJECTORY if name in frame]
     trajectories = [rows for _, rows in frame.groupby(names, sort=False, dropna=False)]
     rows = []
-    for name, indicator in INDICATORS.items():
-        if name not in frame:
-            continue
+    for name in (name for name in INDICATORS if name in frame):
         leads, collapsed, false_alarms = [], 0, 0
         for t in trajectories:
-            fallen, crossed = t.edits[t.kept < COLLAPSED], t.edits[t[name] >= indicator.alarm]
+            fallen, crossed = t.edits[t.kept < COLLAPSED], t.edits[t[name] >= INDICATORS[name].alarm]
             collapsed += len(fallen) > 0
             false_alarms += len(crossed) > 0 and not len(fallen)
             if len(fallen) and len(crossed):
                 leads.append(int(fallen.iloc[0] - crossed.iloc[0]))
-        row = {"measure": name, **_rank_correlation(trajectories, name), "collapsed": collapsed}
-        row |= {"threshold": indicator.alarm, "before": sum(lead > 0 for lead in leads)}
-        row |= {"lead": float(np.median(leads)) if leads else math.nan, "false_alarms": false_alarms}
-        rows.append(row)
-    return pd.DataFrame(rows).sort_values("rho", kind="stable", ignore_index=True)
+        before, lead = sum(lead > 0 for lead in leads), float(np.median(leads)) if leads else math.nan
+        correlation = _rank_correlation(trajectories, name)
+        rows.append((name, *correlation, collapsed, INDICATORS[name].alarm, before, lead, false_alarms))
+    columns = ["measure", "rho", "rho_low", "rho_high", "collapsed", "threshold", "before", "lead", "false_alarms"]
+    return pd.DataFrame(rows, columns=columns).sort_values("rho", kind="stable", ignore_index=True)
 
 
-def _rank_correlation(trajectories: Sequence[pd.DataFrame], name: str) -> dict[str, float]:
+def _rank_correlation(trajectories: Sequence[pd.DataFrame], name: str) -> tuple[float, float, float]:
     """Spearman's rho of an indicator and the ability kept, with its bootstrap interval over trajectories."""
     pairs = [rows[[name, "kept"]].dropna().to_numpy(float) for rows in trajectories]
 
@@ -143,5 +141,4 @@ def _rank_correlation(trajectories: Sequence[pd.DataFrame], name: str) -> dict[s
         return float(np.corrcoef(ranks.T)[0, 1])
 
     every = np.arange(len(pairs))
-    low, high = bootstrap((every,), rho)
-    return {"rho": rho(every), "rho_low": low, "rho_high": high}
+    return rho(every), *bootstrap((every,), rho)

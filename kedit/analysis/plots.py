@@ -129,11 +129,6 @@ def curves_panel(ax: Axes, rows: pd.DataFrame, title: str, **font: str) -> None:
     _edit_axis(ax, sorted(rows.edits.unique()))
 
 
-def success_panel(ax: Axes, rows: pd.DataFrame, metric: str) -> None:
-    """Reliability, generalisation or locality over all edits so far."""
-    curves_panel(ax, rows[(rows.metric == metric) & (rows.edits > 0)], metric, fontstyle="italic")
-
-
 def ability_panel(ax: Axes, rows: pd.DataFrame, benchmark: str) -> None:
     """One benchmark against the number of edits, with the unedited score, chance, and what was published."""
     theirs = published(rows.model.iloc[0], benchmark)
@@ -160,8 +155,9 @@ def _ability_panels(curves: pd.DataFrame, names: Sequence[str]) -> list[Panel]:
 def rq1(results: Results) -> dict[str, Figure]:
     """Edit success, then one panel a benchmark, against the number of sequential edits; and ``retention``."""
     curves = scores.curves(results)
-    success = curves[curves.benchmark == "edit"]
-    panels = [partial(success_panel, rows=success, metric=metric) for metric in METRICS]
+    success = curves[(curves.benchmark == "edit") & (curves.edits > 0) & curves.metric.isin(METRICS)]
+    by_metric = success.groupby("metric", sort=False)
+    panels = [partial(curves_panel, rows=rows, title=name, fontstyle="italic") for name, rows in by_metric]
     panels += _ability_panels(curves, results.params.benchmarks)
     figure = _by_edits(panels, _styles(curves.method.unique()) | LEVELS, 4, "score", sharey=True)
     return {"figure": figure, "retention": retention(results)}
