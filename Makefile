@@ -33,6 +33,7 @@ rq3: ## are larger models more robust?  PARAMS=pico | pythia
 rq4: ## are all abilities hit alike?  PARAMS=smollm2-135m | llama2-7b
 rq5: ## is an edited model still safe?  PARAMS=smollm2-135m | ...
 discussion: ## what breaks inside, and what breaks first?
+# Without PARAMS: the question's default, which stands in kedit/analysis/questions.py.
 rq1 rq2 rq3 rq4 rq5 discussion: $(READY)
 	$(PY) -m kedit reproduce $@ $(PARAMS) $(KEYS) $(if $(WORKERS),--workers $(WORKERS)) $(if $(DASK),--dask $(DASK))
 

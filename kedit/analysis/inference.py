@@ -1,9 +1,9 @@
 """What the scores say: changes, collapse points, equivalence, contrasts and trends, with their intervals.
 
-Everything rests on one bootstrap. Items and orders of the edits are drawn anew with replacement, the
-same draw for every method, checkpoint and model that answered the same items, so any difference of two
-numbers has a paired interval. What is compared is mostly the share *kept*: the score above chance over
-what the unedited model had above chance.
+Intervals rest on one bootstrap. Items and orders of the edits are drawn anew with replacement, the same draw
+for every method, checkpoint and model that answered the same items, so any difference of two numbers has a
+paired interval. Single changes are tested by sign flips (difference) and two one-sided t-tests (equivalence).
+What is compared is mostly the share *kept*: the score above chance over what the unedited model had above chance.
 """
 
 import math
@@ -18,6 +18,7 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
+from threadpoolctl import threadpool_limits
 
 from kedit.analysis.scores import COLLAPSED, FLOOR, RESAMPLES, off_chance, outcomes, shown
 from kedit.editors import kind_of
@@ -70,9 +71,10 @@ class Ability:
         """(draws, checkpoints) the same for each draw; that of the unedited model is on the same items."""
         _, orders, items = self.values.shape
         of_items = _weights(items, self.benchmark)
-        means = np.einsum("ri,eoi->reo", of_items, self.values, optimize=True)
-        scores = np.einsum("reo,ro->re", means, _weights(orders, "orders"))
-        return self._share(scores, (of_items @ self.base)[:, None])
+        with threadpool_limits(1):  # the same bits whatever the number of cores: BLAS sums in another order on several
+            means = np.einsum("ri,eoi->reo", of_items, self.values, optimize=True)
+            scores = np.einsum("reo,ro->re", means, _weights(orders, "orders"))
+            return self._share(scores, (of_items @ self.base)[:, None])
 
     def _share(self, score: np.ndarray, base: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -48,8 +48,8 @@ def _each(rows: pd.DataFrame, template: str) -> str:
 def number_of_edits(abilities: Sequence[Ability]) -> Verdict:
     """RQ1: do sequential edits damage general abilities?
 
-    Supported if at the last checkpoint every method has an ability that fell; not supported if none
-    has one and at least one method kept all its abilities equal; anything between is said method by method.
+    Supported if at the last checkpoint an ability fell under some method, and the claim then says whether others
+    kept everything; not supported if nothing fell and some method kept all its abilities equal; else inconclusive.
     """
     effects = inference.effects(abilities)
     groups = dict(iter(effects[effects.effect != "floor"].groupby("method", sort=False)))
