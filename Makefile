@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify tables bench bench-gpu pico test test-fast lint pytest nbval lab clean
+.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify publish tables bench bench-gpu pico test test-fast lint pytest nbval lab clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,9 @@ report: $(READY) ## the notebooks, and all figures and verdicts on one page, as 
 
 verify: $(READY) ## compare your last run with the committed reference  PARAMS=smollm2-135m | rq2/pico  RQ=rq1
 	$(PY) -m kedit verify $(or $(RQ),rq1) $(PARAMS)
+
+publish: $(READY) ## make your last run the reference under figures/  PARAMS=smollm2-135m | rq2/pico  RQ=rq1
+	$(PY) -m kedit publish $(or $(RQ),rq1) $(PARAMS)
 
 tables: $(READY) ## measure the README's tables again (hours, if nothing is stored)
 	$(PY) -m kedit tables

@@ -79,7 +79,7 @@ def _reproduce(args: argparse.Namespace) -> None:
         progress_bar=False,
         config=Config({"KernelManager": {"transport": "ipc"}}),  # through files: no port, no loopback needed
     )
-    _made(executed, *sorted(folder_of(params, "committed").iterdir()))
+    _made(*sorted(executed.parent.iterdir()))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -91,15 +91,16 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> None:
     """compare a fresh run with the committed reference"""
-    from kedit.analysis.report import differences
-    from kedit.study.notebook import folder_of
-    from kedit.study.results import Results
+    from kedit.analysis.report import verify
 
-    params = _params(args)
-    fresh, committed = (Results.load(params, folder_of(params, source), source) for source in ("run", "committed"))
-    if lines := differences(fresh, committed):
-        raise KeditError(f"{len(lines)} rows differ from the committed reference, first: {lines[0]}")
-    print(f"{params.rq}/{params.name}: the fresh run agrees with the committed reference.")
+    print(verify(_params(args)))
+
+
+def _publish(args: argparse.Namespace) -> None:
+    """make the last run the reference under figures/"""
+    from kedit.analysis.report import commit
+
+    _made(*commit(_params(args)))
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -185,6 +186,7 @@ COMMANDS: dict[Any, dict[str, dict[str, Any]]] = {
     _reproduce: RUN | WORKERS,
     _plan: RUN,
     _verify: RUN,
+    _publish: RUN,
     _list: {},
     _figures: {},
     _report: {},

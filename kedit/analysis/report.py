@@ -6,9 +6,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import kedit
+from kedit import KeditError
 from kedit.analysis import plots, scores
 from kedit.analysis.questions import QUESTIONS
 from kedit.store import write_atomic
+from kedit.study.notebook import folder_of
 from kedit.study.params import Params
 from kedit.study.results import Results
 
@@ -16,9 +18,11 @@ from kedit.study.results import Results
 
 
 def publish(results: Results) -> list[Path]:
-    """Write the figures (.png, .pdf), table.csv, cells.jsonl.gz and manifest.json of a run."""
-    params = results.params
-    folder = kedit.ROOT / "figures" / params.rq / params.name
+    """Write the figures (.png, .pdf), table.csv, cells.jsonl.gz and manifest.json where the results are from.
+
+    What a run found goes among the runs of this machine, so no run can overwrite the reference it is compared with.
+    """
+    params, folder = results.params, folder_of(results.params, results.source)
     table = scores.table(results).to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_atomic(folder / "table.csv", table.encode())
     figures = QUESTIONS[params.rq].figures(results)
@@ -27,7 +31,7 @@ def publish(results: Results) -> list[Path]:
 
 
 def figure(results: Results) -> Figure:
-    """The main figure of a run's question; what was run, not read, is published as well."""
+    """The main figure of a run's question; what was run, not read, is written to its folder as well."""
     if results.source == "run":
         publish(results)
     return QUESTIONS[results.params.rq].figures(results)["figure"]
@@ -40,6 +44,40 @@ def redraw() -> list[Path]:
         name, rq = cells.parent.name, cells.parent.parent.name
         made += publish(Results.load(Params.find(rq, name), cells.parent))
     return made
+
+
+def commit(params: Params) -> list[Path]:
+    """Make the last run of this machine the reference under figures/.
+
+    Raises:
+        KeditError: there is no such run, or it is of other parameters.
+    """
+    results = Results.load(params, folder_of(params, "run"))
+    return publish(results)
+
+
+def verify(params: Params) -> str:
+    """Compare the last run of this machine with the committed reference: models, numbers, and the files' bytes.
+
+    Returns:
+        a sentence: to the byte, or within the tolerance of ``differences``.
+
+    Raises:
+        KeditError: one of the two is not there, or they differ.
+    """
+    fresh, committed = (Results.load(params, folder_of(params, source), source) for source in ("run", "committed"))
+    what = f"{params.rq}/{params.name}"
+    for model, about in committed.manifest["models"].items():
+        if fresh.manifest["models"][model]["fingerprint"] != about["fingerprint"]:
+            raise KeditError(f"{what}: model {model} is not the one of the committed reference; its weights differ.")
+    if rows := differences(fresh, committed):
+        raise KeditError(f"{what}: {len(rows)} rows differ from the committed reference, first: {rows[0]}.")
+    publish(fresh)
+    folders = folder_of(params, "run"), folder_of(params, "committed")
+    one, other = ([(folder / name).read_bytes() for name in ("table.csv", "figure.png")] for folder in folders)
+    return f"{what}: the fresh run agrees with the committed reference, " + (
+        "table and figure to the byte." if one == other else "though not to the byte."
+    )
 
 
 def differences(fresh: Results, committed: Results, tolerance: float = 0.03) -> list[str]:
