@@ -1,13 +1,16 @@
+import shutil
+
 import pytest
 import torch
 from conftest import INNER, WIDTH
+from safetensors.torch import load_file, save
 from transformers import BertConfig, BertLMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import kedit
 from kedit import KeditError
 from kedit.model.anatomy import matrix
-from kedit.model.lm import LM, begin_token
+from kedit.model.lm import LM, PICO, begin_token
 
 
 def test_anatomy_finds_every_part(lm):
@@ -59,6 +62,35 @@ def test_a_missing_model_is_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(KeditError, match="could not be loaded"):
         kedit.load(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("missing", r"has 1 missing tensor\(s\), the first .*dense\.bias"),
+        ("unexpected", r"has 1 unexpected tensor\(s\), the first extra"),
+        ("not finite", r"has 1 not finite tensor\(s\), the first .*dense\.bias"),
+        ("mismatched", "could not be loaded"),
+        ("truncated", "could not be loaded"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fill_the_model_is_refused(damage, sentence, tmp_path):
+    shutil.copytree(PICO / "pico-0.1m", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    bias = next(name for name in tensors if name.endswith("attention.dense.bias"))
+    if damage == "missing":
+        del tensors[bias]
+    elif damage == "unexpected":
+        tensors["extra"] = torch.zeros(2)
+    elif damage == "not finite":
+        tensors[bias][0] = torch.nan
+    elif damage == "mismatched":
+        tensors[bias] = tensors[bias][:1].clone()
+    data = save(tensors, {"format": "pt"})
+    path.write_bytes(data[: len(data) // 2] if damage == "truncated" else data)
+    with pytest.raises(KeditError, match=sentence):
+        kedit.load(str(tmp_path / "model"))
 
 
 def test_smollm2_knows_facts(smollm2):

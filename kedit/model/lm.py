@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -113,7 +115,8 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
         device: where to, or ``auto``: its blocks shared out over all GPUs there are (accelerate).
 
     Raises:
-        KeditError: no such model, gated, unreachable, without safetensors, or too large for the GPUs.
+        KeditError: no such model, gated, unreachable, without safetensors, with tensors that are missing, unknown or
+            not finite, or too large for the GPUs.
     """
     source = name
     if name in WHEELS:
@@ -126,18 +129,37 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     device_map = "auto" if device == "auto" else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, use_safetensors=True, device_map=device_map)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=dtype, use_safetensors=True, device_map=device_map, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise KeditError(
             f"model {name!r} could not be loaded ({reason}); give a hub id you can reach, a local folder "
             f"with safetensors, or one of: {', '.join(WHEELS)}."
         ) from error
+    _check_weights(name, model, report)
     if device != "auto":
         model.to(device)
     elif any(weight.is_meta for weight in model.parameters()):
         raise KeditError(f"model {name!r} does not fit on the GPUs here; set dtype: bfloat16, or use more of them.")
     return LM(model, tokenizer, name, begin)
+
+
+def _check_weights(name: str, model: PreTrainedModel, report: Mapping[str, Collection[str]]) -> None:
+    """Refuse a checkpoint that does not fill the model exactly; transformers would go on, with random weights.
+
+    Args:
+        report: what ``from_pretrained`` tells of the loading.
+    """
+    broken = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    broken["not finite"] = [n for n, w in model.named_parameters() if not w.is_meta and not w.isfinite().all()]
+    for what, tensors in broken.items():
+        if tensors:
+            raise KeditError(
+                f"model {name!r} cannot be used: its checkpoint has {len(tensors)} {what} tensor(s), the first "
+                f"{tensors[0]}; get the model's files again."
+            )
 
 
 def _from_wheel(name: str) -> str:
