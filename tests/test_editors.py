@@ -135,7 +135,7 @@ class Idle(Editor):
 
 @pytest.mark.parametrize(
     ("kind", "promise"),
-    [(Reckless, "undone to the bit"), (Forgetful, "prepares on the unedited"), (Idle, "changes something")],
+    [(Reckless, "leaves the model alone"), (Forgetful, "prepares on the unedited"), (Idle, "changes something")],
 )
 def test_an_editor_that_breaks_a_promise_is_told_which(kind, promise):
     with pytest.raises(AssertionError, match=promise):
@@ -183,6 +183,24 @@ def test_the_control_changes_nothing_and_is_journalled(llama):
     assert same(llama, before)
     assert llama.journal.edits == [edit]
     edit.undo()
+    assert not llama.journal.edits
+
+
+@pytest.mark.parametrize(
+    ("method", "hparams", "sentence"),
+    [
+        ("rome", {"lr": 1e30}, "changed|not finite|loss"),
+        ("rome", {"lr": 0.0}, "no bit of the model changed"),
+        ("memit", {"mom2_weight": 1e30}, "no bit of the model changed"),
+        ("kn", {"scale": 1e300}, "not be finite"),
+        ("ft-m", {"lr": 0.0}, "no bit of the model changed"),
+    ],
+)
+def test_an_edit_that_changes_nothing_or_is_not_finite_fails(method, hparams, sentence, llama, statistics):
+    before = bits(llama)
+    with pytest.raises(EditFailed, match=sentence):
+        make(method, llama, statistics, **hparams).apply(REQUEST)
+    assert same(llama, before)
     assert not llama.journal.edits
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from kedit.data import facts
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.second_moments import SecondMoments
-from kedit.model.journal import Edit
+from kedit.model.journal import Edit, EditFailed
 from kedit.model.lm import LM
 from kedit.model.memory import Memory
 
@@ -116,6 +116,8 @@ class Editor(ABC):
         start = time.perf_counter()
         with self.lm.journal.recording(self.name, request.id) as edit:
             self._apply(request, edit)
+            if self.edits and not edit.changed and "skipped" not in edit.info:
+                raise EditFailed("no bit of the model changed")
             edit.info["seconds"] = time.perf_counter() - start
         return edit
 

@@ -140,11 +140,26 @@ class Edit:
     changes: list[Change] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     journal: "Journal | None" = field(default=None, repr=False)
+    changed: bool = field(default=False, repr=False)
+    """Whether some bit of a weight, or some memory, is another now (known of edits made, not of those replayed)."""
 
+    @torch.no_grad()
     def write(self, change: Change) -> None:
-        """Add one change to this edit and put it into the model."""
+        """Add one change to this edit and put it into the model.
+
+        Raises:
+            EditFailed: the change, or the weight with it, is not finite.
+        """
+        before = self.journal.matrix(change.module).clone() if change.module else None
         self.changes.append(change)
         self.journal.write(change)
+        if before is None:
+            self.changed = True
+            return
+        after = self.journal.matrix(change.module)
+        if not after.isfinite().all():
+            raise EditFailed(f"the weight of {change.module} would not be finite")
+        self.changed |= not torch.equal(before, after)
 
     def undo(self) -> None:
         """Take this edit back, to the exact bits.
