@@ -1,8 +1,10 @@
 """kedit against a second derivation: numpy in float64, written from the specification alone (derivation/README.md).
 
-The value searches join in once their KL term has the paper's direction; what does not depend on it is compared here.
+The value searches join in once their KL term has the paper's direction; until then the values found by the derivation
+are given to the editors, and what they make of them is compared.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +15,26 @@ from derivation import derive
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kedit
+from kedit.editors import kind_of
 from kedit.editors.ft import FTL, FTM
 from kedit.editors.grace import GRACE
 from kedit.editors.kn import attributions
 from kedit.editors.protocol import Editor
+from kedit.editors.second_moments import SecondMoments
 from kedit.model.forward import LookupText, activations
 from kedit.model.lm import LM
 
 STORED = dict(np.load(Path(derive.__file__).with_name("derivation.npz")))
 
 
-def ids(name: str) -> list[int]:
-    return STORED[f"in_A_{name}"].astype(int).tolist()
+def ids(name: str, request: str = "A") -> list[int]:
+    return STORED[f"in_{request}_{name}"].astype(int).tolist()
+
+
+def rows(request: str = "A") -> list[LookupText]:
+    """The bare prompt and the prompt in two contexts."""
+    lookup = {"prompt": "p", "ctx1": "ctx1_p", "ctx2": "ctx2_p"}
+    return [LookupText(tuple(ids(name, request)), ids(where, request)[0]) for name, where in lookup.items()]
 
 
 def near(value: torch.Tensor, name: str) -> bool:
@@ -60,9 +70,44 @@ def test_the_derivation_gives_what_is_stored():
 
 def test_logits_and_keys(derived):
     assert near(derived.model(torch.tensor([ids("prompt")])).logits[0], "base_logits_A")
-    texts = [LookupText(tuple(ids(name)), ids(f"{name}_p")[0] if name != "prompt" else ids("p")[0])
-             for name in ("prompt", "ctx1", "ctx2")]  # fmt: skip
-    assert near(activations(derived, texts, [1], "key")[1], "base_keys_A_l1")
+    assert near(activations(derived, rows(), [1], "key")[1], "base_keys_A_l1")
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "requests"),
+    [("rome", "rome", "A"), ("r-rome", "rrome", "A"), ("memit", "memit", "A"), ("pmet", "pmet", "A"),
+     ("alphaedit", "alpha_edit", "AB")],
+)  # fmt: skip
+def test_updates_from_given_values(derived, monkeypatch, method, name, requests):
+    """Keys in the edited model, second moments, the null space, earlier edits' keys, parts of the residual."""
+    kind = kind_of(method)
+    rank_one = method in ("rome", "r-rome")
+    value = {"A": f"out_{name}_v" if rank_one else f"out_{name}_Z"}
+    if requests == "AB":
+        value = {"A": "out_alpha_edit1_Z", "B": "out_alpha_edit2_Z"}
+
+    def given(self, request, texts, init, edit):
+        return torch.tensor(STORED[value[request.id]]).flatten() - init.double()
+
+    monkeypatch.setattr(kind, "_texts", lambda self, request: rows(request.id))
+    monkeypatch.setattr(kind, "_search", given)
+    moments = {layer: torch.tensor(STORED[f"in_moment{layer}"]) for layer in range(4)}
+    hparams = {"layer": 1} if rank_one else {"layers": [1, 2]}
+    hparams |= {"memit": {"mom2_weight": 0.7}, "pmet": {"mom2_weight": 0.7}}.get(method, {})
+    hparams |= {"null_space_share": 0.4, "l2": 0.5} if method == "alphaedit" else {}
+    editor = kedit.editor(
+        method, derived, hparams=hparams, statistics=SecondMoments(derived, moments=moments), contexts=["{}"]
+    )
+    for number, request in enumerate(requests, 1):
+        edit = editor.apply(dataclasses.replace(REQUEST, id=request))
+        for change, layer in zip(edit.changes, [1] if rank_one else [1, 2], strict=False):
+            one = f"out_{name}{number if len(requests) > 1 else ''}"
+            if rank_one:
+                expected = STORED[f"{one}_delta"]
+            else:
+                expected = STORED[f"{one}_left{layer}"] @ STORED[f"{one}_rightT{layer}"].T
+            update = (change.left.double() @ change.right.double().T).numpy()
+            assert np.abs(update - expected).max() < 2e-4 * np.abs(expected).max(), (one, layer)
 
 
 def test_attributions_of_neurons(derived):
