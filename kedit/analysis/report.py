@@ -65,8 +65,10 @@ def verify(params: Params) -> str:
     Raises:
         KeditError: one of the two is not there, or they differ.
     """
-    fresh, committed = (Results.load(params, folder_of(params, source), source) for source in ("run", "committed"))
     what = f"{params.rq}/{params.name}"
+    if not folder_of(params, "committed").exists():
+        raise KeditError(f"{what} has no reference under figures/ to compare with; make publish makes your run one.")
+    fresh, committed = (Results.load(params, folder_of(params, source), source) for source in ("run", "committed"))
     for model, about in committed.manifest["models"].items():
         if fresh.manifest["models"][model]["fingerprint"] != about["fingerprint"]:
             raise KeditError(f"{what}: model {model} is not the one of the committed reference; its weights differ.")
