@@ -16,7 +16,7 @@ from kedit import ROOT
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Part of every key; raise it when a change to the code changes results."""
 
 

@@ -32,7 +32,8 @@ def search(lm, texts, kl_text, target, layer, init, settings):
                 nll = nll - sum(logprobs[i, start + j, t] for j, t in enumerate(target)) / len(target)
             now = logprobs[len(texts), kl_text.lookup]
             before = now.detach() if before is None else before
-            kl = torch.nn.functional.kl_div(now, before, log_target=True, reduction="sum")
+            # ROME eq. 4: KL(edited || original); torch's kl_div(input, target) is KL(target || input)
+            kl = torch.nn.functional.kl_div(before, now, log_target=True, reduction="sum")
             loss = nll / len(texts) + settings.kl_factor * kl + settings.weight_decay * delta.norm() / init.norm() ** 2
         losses.append(loss.item())
         if loss < STOP or step == settings.steps:

@@ -130,7 +130,9 @@ class Objective:
         self.likeliest = False
 
     def losses(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The target's negative log-likelihood, mean over its tokens and over rows; KL(first call || this one).
+        """The target's negative log-likelihood, mean over its tokens and over rows; KL(this call || the first).
+
+        The divergence is that of the edited model from the original one (ROME eq. 4).
 
         Args:
             hidden: final hidden states of the tail's rows. The divergence is taken right after the subject of
@@ -141,7 +143,7 @@ class Objective:
         after = self.lm.logits(hidden[len(self._rows), 0]).log_softmax(-1)
         if self._before is None:
             self._before = after.detach()
-        kl = (self._before.exp() * (self._before - after)).sum()
+        kl = (after.exp() * (after - self._before)).sum()
         self.logprobs, self.kl = logprobs.detach(), kl.detach()
         self.likeliest = bool((every.amax(-1) == logprobs).all())
         return -logprobs.mean(1).mean(), kl
