@@ -33,7 +33,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class EditRecord:
-    """One edit of a trajectory: the ``number``-th, of the request with this id; its size in the store in ``bytes``."""
+    """One edit of a trajectory: the ``number``-th, of the request with this id; ``bytes``: its size without timings."""
 
     model: str
     method: str

@@ -71,11 +71,10 @@ class Unit:
         if self.is_cell:
             cell = store.get_json(self.key)
             return Cell(**self.where, items=cell["items"]), cell["seconds"]
-        stored = store.get(self.key)
-        edit = Edit.from_bytes(stored)
-        seconds = edit.info.pop("seconds", None)
-        record = EditRecord(**self.where, number=self.count, request=edit.request, bytes=len(stored), info=edit.info)
-        return record, seconds
+        edit = Edit.from_bytes(store.get(self.key))
+        seconds = edit.info.pop("seconds", None)  # its digits are no result, so its size is counted without them
+        size = len(edit.to_bytes())
+        return EditRecord(**self.where, number=self.count, request=edit.request, bytes=size, info=edit.info), seconds
 
 
 def units(params: Params, model: str, states: Mapping[Line, list[str]]) -> list[Unit]:
