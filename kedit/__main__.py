@@ -14,7 +14,7 @@ import kedit
 from kedit import KeditError
 from kedit.analysis.questions import QUESTIONS
 from kedit.registry import unknown
-from kedit.store import runs_folder
+from kedit.store import runs_folder, write_atomic
 from kedit.workers import log_to_stderr
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def _run(args: argparse.Namespace) -> "Params":
 
 def _reproduce(args: argparse.Namespace) -> None:
     """run, and execute the question's notebook: the whole way to a figure"""
+    import nbformat
     import papermill
     from traitlets.config import Config
 
@@ -69,17 +70,24 @@ def _reproduce(args: argparse.Namespace) -> None:
     if params.rq not in QUESTIONS:
         raise unknown("question", params.rq, QUESTIONS)
     notebook = f"{QUESTIONS[params.rq].notebook}.ipynb"
-    executed = folder_of(params, "run") / notebook
-    papermill.execute_notebook(
-        kedit.ROOT / "notebooks" / notebook,
-        executed,
-        parameters={**params.values(), "name": params.name, "source": "run"},
-        kernel_name="python3",
-        cwd=kedit.ROOT / "notebooks",
-        progress_bar=False,
-        config=Config({"KernelManager": {"transport": "ipc"}}),  # through files: no port, no loopback needed
-    )
-    _made(*sorted(executed.parent.iterdir()))
+    folder = folder_of(params, "run")
+    try:
+        executed = papermill.execute_notebook(
+            kedit.ROOT / "notebooks" / notebook,
+            None,
+            parameters={**params.values(), "name": params.name, "source": "run"},
+            kernel_name="python3",
+            cwd=kedit.ROOT / "notebooks",
+            progress_bar=False,
+            config=Config({"KernelManager": {"transport": "ipc"}}),  # through files: no port, no loopback needed
+        )
+    except (papermill.exceptions.PapermillExecutionError, RuntimeError) as error:  # a cell raised; the kernel died
+        reason = getattr(error, "evalue", error)
+        raise KeditError(f"{notebook} was not executed to its end ({reason}); run the same command again.") from error
+    for part in (executed, *executed.cells):  # paths and times of this machine, which are no result
+        part.metadata.pop("papermill", None)
+    write_atomic(folder / notebook, nbformat.writes(executed).encode())
+    _made(*sorted(folder.iterdir()))
 
 
 def _plan(args: argparse.Namespace) -> None:
