@@ -5,11 +5,17 @@ A package outside this one adds an editor, an edit set or a suite of benchmarks 
 processes know it too.
 """
 
+import json
+import reprlib
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from kedit import KeditError
 
@@ -35,3 +41,33 @@ def unknown(what: str, name: object, known: Iterable[str]) -> KeditError:
 def remedy(close: list[str], known: list[str]) -> str:
     """What to do about a wrong name."""
     return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}."
+
+
+@cache
+def _types(kind: type) -> dict[str, TypeAdapter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: TypeAdapter(hints[field.name]) for field in fields(kind)}
+
+
+def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a dataclass' fields, each of the type and within the bounds that its annotation says.
+
+    Types are JSON's: lists are tuples, a whole number is a number too, and nothing else stands for another type.
+
+    Raises:
+        ValueError: one sentence on the first value that is wrong.
+    """
+    right = {}
+    for name, value in values.items():
+        try:
+            right[name] = _types(kind)[name].validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            about = error.errors()[0]
+            place = "".join(f"[{part}]" for part in about["loc"] if isinstance(part, int))
+            wanted = about["msg"].replace("Input", "it", 1)
+            raise ValueError(
+                f"{name}{place} is {reprlib.repr(about['input'] if place else value)}; {wanted}"
+            ) from error
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"{name} is {reprlib.repr(value)}, which is neither text, a number nor a list") from error
+    return right

@@ -227,7 +227,7 @@ def test_ike_shows_the_published_ratio_and_tells_the_fact_last(llama):
     assert not any(prompt in text for text in shown for prompt, _ in fact.neighbours)
     assert len(llama.journal.edits[0].changes) == 1
     with pytest.raises(kedit.KeditError, match="multiple of 8"):
-        ike.Hparams(k=10)
+        kedit.editor("ike", llama, hparams={"k": 10})
 
 
 def test_ike_below_zero_takes_every_prompt(llama):

@@ -20,7 +20,7 @@ from kedit import KeditError
 from kedit.editors.protocol import Contexts, Editor
 from kedit.editors.second_moments import SecondMoments
 from kedit.model.lm import LM
-from kedit.registry import load_object, registered, remedy, unknown
+from kedit.registry import checked, load_object, registered, remedy, unknown
 
 EDITORS = {
     "control": "kedit.editors.control:Control",
@@ -62,7 +62,7 @@ def make_hparams(kind: type[Editor], model: str, given: Mapping[str, Any] | None
     For a model that the method's file does not know, ``given`` must be complete.
 
     Raises:
-        KeditError: no block for the model, unknown or missing key.
+        KeditError: no block for the model, an unknown or a missing key, or a value that is out of bounds.
     """
     path = kedit.ROOT / "params" / "methods" / f"{kind.name}.yaml"
     blocks = yaml.safe_load(path.read_text())["blocks"] if path.exists() else []
@@ -76,9 +76,22 @@ def make_hparams(kind: type[Editor], model: str, given: Mapping[str, Any] | None
         hint = remedy(get_close_matches(key, names, 1), names)
         raise KeditError(f"hyper-parameters of {kind.name}: unknown key {key!r}; {hint}")
     try:
-        return kind.Hparams(**values)
-    except TypeError as error:
+        return kind.Hparams(**checked(kind.Hparams, values))
+    except (TypeError, ValueError) as error:
         raise KeditError(f"hyper-parameters of {kind.name}: {error}.") from error
+
+
+def check_layers(kind: type[Editor], hparams: Any, layers: int) -> None:
+    """Whether a model with so many layers has those that a method is to edit.
+
+    Raises:
+        KeditError: it has not.
+    """
+    asked = getattr(hparams, "layers", (getattr(hparams, "layer", 0),))
+    if max(asked) >= layers:
+        raise KeditError(
+            f"hyper-parameters of {kind.name}: layer {max(asked)} does not exist; the model has 0 to {layers - 1}."
+        )
 
 
 def editor(
@@ -88,7 +101,9 @@ def editor(
     """An editor by name; whatever is not passed in comes from ``params/methods/<name>.yaml``.
 
     Raises:
-        KeditError: unknown method, no hyper-parameters for the model, unknown or missing key.
+        KeditError: unknown method; hyper-parameters unknown, missing or out of bounds; a layer that the model has not.
     """
     kind = kind_of(name)
-    return kind(lm, make_hparams(kind, lm.name, hparams), statistics, contexts)
+    given = make_hparams(kind, lm.name, hparams)
+    check_layers(kind, given, lm.layers)
+    return kind(lm, given, statistics, contexts)

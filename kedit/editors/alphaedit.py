@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kedit.data.requests import EditRequest
 from kedit.editors import locate_then_edit, memit
+from kedit.editors.bounds import Count, Layers, Positive, Share
 from kedit.model.journal import Edit, Entry
 from kedit.model.memory import Memory
 
@@ -26,11 +27,11 @@ class Hparams(locate_then_edit.Hparams):
     the published absolute bound on eigenvalues (0.02). ``l2`` is the method's L2.
     """
 
-    layers: tuple[int, ...]
-    null_space_share: float = 0.1
-    nullspace_threshold: float | None = None
-    l2: float = 10.0
-    context_lengths: tuple[tuple[int, int], ...] = ((10, 5),)
+    layers: Layers
+    null_space_share: Share = 0.1
+    nullspace_threshold: Positive | None = None
+    l2: Positive = 10.0
+    context_lengths: tuple[tuple[Count, Count], ...] = ((10, 5),)
 
 
 class KeyMemory(Memory):

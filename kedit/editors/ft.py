@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kedit.data.requests import EditRequest
+from kedit.editors.bounds import Count, Natural, NotNegative, Positive
 from kedit.editors.protocol import Editor
 from kedit.editors.value_search import descend, nll_loss
 from kedit.model.anatomy import matrix
@@ -22,11 +23,11 @@ from kedit.model.journal import Dense, Edit
 class Hparams:
     """Settings of fine-tuning; ``bound`` keeps every weight within so much of its value before the edit."""
 
-    layer: int
-    steps: int = 25
-    lr: float = 5e-4
-    stop: float = 1e-2
-    bound: float | None = None
+    layer: Natural
+    steps: Count = 25
+    lr: Positive = 5e-4
+    stop: NotNegative = 1e-2
+    bound: Positive | None = None
 
 
 class FTM(Editor):

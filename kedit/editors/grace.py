@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kedit.data.requests import EditRequest
+from kedit.editors.bounds import Count, Natural, Positive
 from kedit.editors.protocol import Editor
 from kedit.editors.value_search import descend, nll_loss, run_shifted
 from kedit.model.forward import LookupText, Tail, activations, hooked
@@ -37,13 +38,13 @@ class Hparams:
     and applies the first of each.
     """
 
-    layer: int
-    steps: int = 50
-    lr: float = 1.0
-    epsilon: float = 0.06
+    layer: Natural
+    steps: Count = 50
+    lr: Positive = 1.0
+    epsilon: Positive = 0.06
     warm: bool = False
-    every: int = 1
-    seed: int = 0
+    every: Count = 1
+    seed: Natural = 0
 
 
 class Codebook(Memory):

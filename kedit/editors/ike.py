@@ -9,11 +9,12 @@ kinds: *copy* (the fact's own prompt, answered by its new object), *update* (a p
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from kedit import KeditError
 from kedit.data.facts import bundled
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.retrieval import Encoder, RetrievalEditor
@@ -36,13 +37,9 @@ class Hparams:
             below zero, always, as in the published protocol of single edits.
     """
 
-    k: int = 16
+    k: Annotated[int, Field(ge=1, multiple_of=sum(RATIO.values()))] = 16
     spread: bool = True
-    scope: float = 0.65
-
-    def __post_init__(self):
-        if self.k % sum(RATIO.values()):
-            raise KeditError(f"hyper-parameters of ike: k must be a multiple of {sum(RATIO.values())}, not {self.k}.")
+    scope: Annotated[float, Field(ge=-1, le=1)] = 0.65
 
 
 def statement(prompt: str, target: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kedit.data.requests import EditRequest
+from kedit.editors.bounds import Count, Natural
 from kedit.editors.protocol import Editor
 from kedit.editors.value_search import Objective, Search, search
 from kedit.model.forward import LookupText, lookup_text, lookup_texts
@@ -48,8 +49,8 @@ def context_templates(lm: LM, lengths: Sequence[tuple[int, int]], seed: int = 0)
 class Hparams(Search):
     """Settings of the search and of the contexts; ``context_lengths`` are pairs (tokens, how many)."""
 
-    context_lengths: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))
-    seed: int = 0
+    context_lengths: tuple[tuple[Count, Count], ...] = ((5, 10), (10, 10))
+    seed: Natural = 0
 
 
 class LocateThenEdit(Editor):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kedit.data.requests import EditRequest
 from kedit.editors import locate_then_edit
+from kedit.editors.bounds import Count, Layers, Positive
 from kedit.model.anatomy import matrix
 from kedit.model.forward import LookupText, activations
 from kedit.model.journal import Edit, EditFailed, LowRank
@@ -22,9 +23,9 @@ from kedit.model.journal import Edit, EditFailed, LowRank
 class Hparams(locate_then_edit.Hparams):
     """Settings of MEMIT; ``mom2_weight`` is lambda, the weight of the second moment (a mean, not a sum)."""
 
-    layers: tuple[int, ...]
-    context_lengths: tuple[tuple[int, int], ...] = ((10, 5),)
-    mom2_weight: float
+    layers: Layers
+    context_lengths: tuple[tuple[Count, Count], ...] = ((10, 5),)
+    mom2_weight: Positive
 
 
 class MEMIT(locate_then_edit.LocateThenEdit):

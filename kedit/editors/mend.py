@@ -11,14 +11,16 @@ the lowest edited one run once a text.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kedit import KeditError
 from kedit.data.facts import bundled
 from kedit.data.requests import EditRequest
+from kedit.editors.bounds import Count, Natural, NotNegative, Positive
 from kedit.editors.training import ScoredText, TrainedEditor, Training, scored
 from kedit.model.anatomy import matrix
 from kedit.model.forward import Hook, LookupText, Tail, hooked
@@ -48,19 +50,19 @@ class Hparams:
         validate: steps between validations.
     """
 
-    layers: tuple[int, ...]
-    rank: int = 1920
-    edit_lr: float = 1e-4
+    layers: Annotated[tuple[Count, ...], Field(min_length=1)]
+    rank: Count = 1920
+    edit_lr: Positive = 1e-4
     accumulate_edits: bool = True
-    steps: int = 10_000
-    lr: float = 1e-6
-    lr_lr: float = 1e-4
-    cedit: float = 0.1
-    cloc: float = 1.0
-    accumulate: int = 10
-    clip: float = 100.0
-    validate: int = 100
-    seed: int = 42
+    steps: Count = 10_000
+    lr: Positive = 1e-6
+    lr_lr: Positive = 1e-4
+    cedit: NotNegative = 0.1
+    cloc: NotNegative = 1.0
+    accumulate: Count = 10
+    clip: Positive = 100.0
+    validate: Count = 100
+    seed: Natural = 42
 
 
 BATCH = 32
@@ -71,8 +73,6 @@ BATCH = 32
 
 def projections(lm: LM, layers: Sequence[int]) -> list[nn.Module]:
     """The MLP projections of some blocks, from the lowest up."""
-    if min(layers) < 1:
-        raise KeditError("hyper-parameters of mend: layers must be 1 or above.")
     parts = [part for n in sorted(layers) for part in (lm.anatomy.gate(n), lm.anatomy.up(n), lm.anatomy.down(n))]
     return [part for part in parts if part is not None]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedit.data.requests import EditRequest
 from kedit.editors import locate_then_edit
+from kedit.editors.bounds import Natural
 from kedit.model.anatomy import matrix
 from kedit.model.forward import activations
 from kedit.model.journal import Edit, EditFailed, LowRank
@@ -21,7 +22,7 @@ from kedit.model.journal import Edit, EditFailed, LowRank
 class Hparams(locate_then_edit.Hparams):
     """Settings of ROME; ``covariance=False`` is what the study's released settings ran."""
 
-    layer: int
+    layer: Natural
     covariance: bool = True
 
     @property

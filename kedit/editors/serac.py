@@ -24,6 +24,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from kedit.data.facts import bundled, bundled_zsre
 from kedit.data.requests import EditRequest, spaced
+from kedit.editors.bounds import Count, Natural, Positive, Share
 from kedit.editors.retrieval import WIDTH, Encoder, RetrievalEditor
 from kedit.editors.training import ScoredText, TrainedEditor, Training, scored
 from kedit.model.forward import pad
@@ -54,15 +55,15 @@ class Hparams:
         scope_lr, scope_batch: the same for the projection; a batch comes from four relations.
     """
 
-    threshold: float = 0.5
+    threshold: Share = 0.5
     soft: bool = False
-    scale: float = 0.9
-    steps: int = 100
-    lr: float = 3e-3
-    batch: int = 8
-    scope_lr: float = 1e-3
-    scope_batch: int = 64
-    seed: int = 0
+    scale: Positive = 0.9
+    steps: Natural = 100
+    lr: Positive = 3e-3
+    batch: Count = 8
+    scope_lr: Positive = 1e-3
+    scope_batch: Count = 64
+    seed: Natural = 0
 
 
 # The trained parts ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kedit.editors.bounds import Count, NotNegative, Positive
 from kedit.model.forward import LookupText, Tail
 from kedit.model.journal import EditFailed
 from kedit.model.lm import LM
@@ -33,11 +34,11 @@ class Search:
     ``steps`` counts updates; ROME's ``v_num_grad_steps`` counts forwards, which are one more.
     """
 
-    steps: int = 24
-    lr: float = 0.5
-    weight_decay: float = 1e-3
-    clamp_norm_factor: float = 4.0
-    kl_factor: float = 0.0625
+    steps: Count = 24
+    lr: Positive = 0.5
+    weight_decay: NotNegative = 1e-3
+    clamp_norm_factor: Positive = 4.0
+    kl_factor: NotNegative = 0.0625
 
 
 def descend(
