@@ -1,0 +1,32 @@
+"""What was injected and what came of it: a line of JSON for every case, where ``KEDIT_FAULTS_RECORD`` says."""
+
+import json
+import os
+from pathlib import Path
+
+
+def record(fault_class: str, handled: int = 1, wrong: int = 0) -> None:
+    """Note some cases of a class; nothing happens unless the environment names a file.
+
+    Args:
+        fault_class: such as "SIGKILL during edits" or "parameter file: wrong type".
+        handled: how many ended in the right result, a counted refusal, or one sentence.
+        wrong: how many lost something, gave another result in silence, or ended in a traceback.
+    """
+    if path := os.environ.get("KEDIT_FAULTS_RECORD"):
+        line = json.dumps({"class": fault_class, "handled": int(handled), "wrong": int(wrong)}) + "\n"
+        with Path(path).open("a") as file:  # one short write: whole lines, whichever process appends
+            file.write(line)
+
+
+def table(path: Path) -> str:
+    """The Markdown table of what was recorded: one row a class, in the order of first mention."""
+    sums: dict[str, list[int]] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        row = sums.setdefault(line["class"], [0, 0])
+        row[0] += line["handled"]
+        row[1] += line["wrong"]
+    rows = [(name, handled + wrong, handled, wrong) for name, (handled, wrong) in sums.items()]
+    rows.append(("**all**", *(sum(row[column] for row in rows) for column in (1, 2, 3))))
+    head = "| fault class | injected | handled | lost or wrong |\n| --- | --- | --- | --- |\n"
+    return head + "".join(f"| {name} | {injected} | {handled} | {wrong} |\n" for name, injected, handled, wrong in rows)
