@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from kedit import KeditError
 from kedit.data.requests import EditRequest
+from kedit.model.journal import EditFailed
 from kedit.model.lm import LM
 
 # Texts and positions ------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def lookup_text(lm: LM, prompt: str, subject: str, template: str = "{}") -> Look
     the subject's last character, so nothing depends on how pieces would be tokenised alone.
 
     Raises:
-        KeditError: the subject's last token reaches into what follows it ("New York" in "New Yorkers").
+        EditFailed: the subject's last token reaches into what follows it ("New York" in "New Yorkers").
     """
     frame = template.replace("{}", prompt, 1)
     head, _, tail = frame.partition("{}")
@@ -46,7 +46,7 @@ def lookup_text(lm: LM, prompt: str, subject: str, template: str = "{}") -> Look
     spans = encoded["offset_mapping"]
     index = max(i for i, (start, stop) in enumerate(spans) if start < end <= stop)
     if spans[index][1] > end:
-        raise KeditError(f"in {head + subject + tail!r} the subject {subject!r} merges with what follows it.")
+        raise EditFailed(f"in {head + subject + tail!r} the subject {subject!r} merges with what follows it")
     return LookupText((*lm.begin, *encoded["input_ids"]), index + len(lm.begin))
 
 
