@@ -7,6 +7,7 @@ from conftest import CONTEXTS, HPARAMS, REQUEST
 from plain import weights
 
 import kedit
+from kedit import KeditError
 from kedit.data.requests import EditRequest
 from kedit.editors.kn import attributions
 from kedit.editors.pmet import adding
@@ -233,15 +234,27 @@ def test_kn_copies_run_together_equal_one_by_one(lm, monkeypatch):
         assert close(attributions(lm, ids, answer, 4), expected)
 
 
-def test_kn_writes_embeddings_into_the_chosen_columns(lm):
+@pytest.mark.parametrize("rule", ["authors", "t-2a", "2t-2a"])
+def test_kn_writes_embeddings_into_the_chosen_columns(lm, rule):
     prompt, old = [*lm.begin, *lm.encode(REQUEST.text)], weights(lm, range(lm.layers))
-    now = lm.model(torch.tensor([prompt])).logits[0, -1].argmax()
+    now = int(lm.model(torch.tensor([prompt])).logits[0, -1].argmax())
     scores = attributions(lm, prompt, lm.encode(" Paris")[0], 5)
     chosen = scores > 0.2 * scores.max()
-    edit = kedit.editor("kn", lm, hparams=HPARAMS["kn"]).apply(REQUEST)
+    edit = kedit.editor("kn", lm, hparams={**HPARAMS["kn"], "rule": rule}).apply(REQUEST)
     assert edit.info["neurons"] == chosen.sum()
-    embedding = lm.model.get_input_embeddings().weight.double()
-    column = embedding[lm.encode(" Rome")[0]] - 2 * embedding[now]
+    new, said = lm.model.get_input_embeddings().weight.double()[[lm.encode(" Rome")[0], now]]
     for layer, weight in weights(lm, range(lm.layers)).items():
-        expected = torch.outer(column, chosen[layer].double())
-        assert (weight - old[layer] - expected).abs().max() < 1e-5
+        for neuron in range(weight.shape[1]):
+            size = old[layer][:, neuron].norm()
+            gain = {
+                "authors": size * (8 * new / new.norm() - said / said.norm()),
+                "t-2a": new - 2 * said,
+                "2t-2a": 2 * new - 2 * said,
+            }[rule]
+            expected = old[layer][:, neuron] + gain * chosen[layer, neuron]
+            assert (weight[:, neuron] - expected).norm() < 1e-5 * (size + gain.norm())
+
+
+def test_a_rule_that_kn_does_not_have(llama):
+    with pytest.raises(KeditError, match=r"hyper-parameters of kn: rule 'author'.*'authors'"):
+        kedit.editor("kn", llama, hparams={**HPARAMS["kn"], "rule": "author"})

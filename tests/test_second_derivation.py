@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import plain
 import pytest
 import torch
 from conftest import REQUEST
@@ -112,6 +113,26 @@ def test_updates_from_given_values(derived, monkeypatch, method, name, requests)
 
 def test_attributions_of_neurons(derived):
     assert near(attributions(derived, ids("prompt"), ids("true")[0], 20), "kn1_scores")
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(
+    ("rule", "name"), [("authors", "cols_authors"), ("t-2a", "step_easyedit"), ("2t-2a", "step_22")]
+)
+def test_what_kn_writes(derived, monkeypatch, tokens, rule, name):
+    """The very neurons, and for each what its column gains; nothing else changes."""
+    monkeypatch.setattr(Editor, "target_ids", lambda self, request: ids("new")[:tokens])
+    monkeypatch.setattr(derived, "encode", lambda text: ids("true")[:tokens])
+    before = plain.weights(derived, range(4))
+    hparams = {} if rule == "authors" else {"rule": rule}
+    kedit.editor("kn", derived, hparams={"points": 20, **hparams}).apply(REQUEST)
+    neurons = STORED[f"out_kn{tokens}_neurons"].astype(int)
+    columns = np.broadcast_to(STORED[f"out_kn{tokens}_{name}"], (len(neurons), derived.model.config.hidden_size))
+    expected = {layer: torch.zeros_like(weight) for layer, weight in before.items()}
+    for (layer, neuron), column in zip(neurons, columns, strict=True):
+        expected[layer][:, neuron] = torch.tensor(column)
+    for layer, weight in plain.weights(derived, range(4)).items():
+        assert (weight - before[layer] - expected[layer]).abs().max() < 2e-5 * np.abs(columns).max()
 
 
 @pytest.mark.parametrize(("kind", "name"), [(FTM, "ftm"), (FTL, "ftl")])

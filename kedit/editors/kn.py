@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.protocol import Editor
@@ -16,9 +17,12 @@ from kedit.model.anatomy import matrix
 from kedit.model.forward import Hook, LookupText, Tail, activations, hooked
 from kedit.model.journal import Edit, EditFailed, LowRank
 from kedit.model.lm import LM
+from kedit.registry import unknown
 
 COPIES = 120
 """Scaled copies run together: several layers' worth, since each alone leaves the machine idle."""
+RULES = ("authors", "t-2a", "2t-2a")
+"""What a neuron's column gains: the method's rule, and the deviations of other released code."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,19 @@ class Hparams:
 
     ``points``: of the integral, both ends included. 1 is what the study's settings ran for models of 7B:
     one gradient at zero activation. ``threshold``: neurons above this share of the largest attribution are
-    rewritten. ``scale`` multiplies what is written; 1 writes whole embeddings.
+    rewritten. ``erase`` and ``write`` are the method's lambda 1 and 2. ``rule``, of what a neuron's column gains:
+    "authors", or a deviation of other released code that scales nothing: "t-2a" or "2t-2a" (see ``KN``).
     """
 
     points: int = 20
     threshold: float = 0.2
-    scale: float = 1.0
+    erase: float = 1.0
+    write: float = 8.0
+    rule: str = "authors"
+
+    def __post_init__(self):
+        if self.rule not in RULES:
+            raise unknown("hyper-parameters of kn: rule", self.rule, RULES)
 
 
 def replacing(rows: slice, states: Tensor) -> Hook:
@@ -78,8 +89,13 @@ def attributions(lm: LM, ids: Sequence[int], answer: int, points: int) -> Tensor
 class KN(Editor):
     """Columns of the second projection lose the embedding of the present answer and gain that of the target.
 
-    With E the input embedding, t the target's tokens and a the model's own next tokens, as many: each selected
-    neuron's column gains sum E[t] - sum E[a], or E[t] - 2 E[a] for single tokens (section 4.3).
+    With e the input embeddings, t the target's tokens and a the model's own next tokens, as many: the column w of a
+    selected neuron gains |w| (write * sum e_t / |e_t| - erase * sum e_a / |e_a|), w as it is before the edit. So the
+    authors' released code; the paper (section 4.3) writes the same without the norms, for columns and embeddings of
+    one size, and says a for the true object, which is what the model says of the facts edited there.
+
+    Two deviations give all columns one vector: "t-2a" e_t - 2 e_a, or sum e_t - sum e_a where the target has several
+    tokens; "2t-2a" 2 sum e_t - 2 sum e_a.
     """
 
     name = "kn"
@@ -93,6 +109,18 @@ class KN(Editor):
             logits = self.lm.model(torch.tensor([[*ids, *new]], device=self.lm.device), use_cache=False).logits
             new.append(int(logits[0, -1].argmax()))
         return new
+
+    def _direction(self, target: Sequence[int], now: Sequence[int]) -> Tensor:
+        """What a column of norm 1 gains, or any column where nothing is scaled: (d,) float64."""
+        hp, embedding = self.hparams, self.lm.model.get_input_embeddings().weight
+        new, old = (embedding[list(tokens)].double() for tokens in (target, now))
+        if hp.rule == "authors":
+            new, old = normalize(new) * hp.write, normalize(old) * hp.erase
+        elif hp.rule == "2t-2a":
+            new, old = 2 * new, 2 * old
+        elif len(now) == 1:
+            old = 2 * old
+        return new.sum(0) - old.sum(0)
 
     @torch.no_grad()
     def _apply(self, request: EditRequest, edit: Edit) -> None:
@@ -110,13 +138,13 @@ class KN(Editor):
         if not chosen.any():
             raise EditFailed("no neuron has a positive attribution")
 
-        embedding = lm.model.get_input_embeddings().weight.double()
-        now = answer[: len(target)]
-        update = embedding[target].sum(0) - embedding[now].sum(0) * (2 if len(now) == 1 else 1)
+        direction = self._direction(target, answer[: len(target)])
         sizes = []
         for layer in chosen.any(1).nonzero()[:, 0].tolist():
             down = lm.anatomy.down(layer)
-            neurons = chosen[layer].double()[:, None]
-            sizes.append(hp.scale * update.norm().item() * neurons.norm().item() / matrix(down).norm().item())
-            edit.write(LowRank(lm.anatomy.name(down), hp.scale * update[:, None], neurons))
+            neurons = chosen[layer].double()
+            if hp.rule == "authors":
+                neurons *= matrix(down).double().norm(dim=0).to(neurons)
+            sizes.append(direction.norm().item() * neurons.norm().item() / matrix(down).norm().item())
+            edit.write(LowRank(lm.anatomy.name(down), direction[:, None].clone(), neurons[:, None]))
         edit.info |= {"neurons": int(chosen.sum()), "relative_change": sizes}
