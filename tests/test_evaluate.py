@@ -32,7 +32,11 @@ def harness(smollm2):
 def test_same_answers_as_lm_evals_hf_model(smollm2, harness, name):
     found = evaluate(smollm2, name, LIMIT)
     reference = lm_evaluate(
-        lm=harness, task_dict=benchmarks.tasks(name), limit=LIMIT, bootstrap_iters=0, verbosity="ERROR"
+        lm=harness,
+        task_dict=benchmarks.tasks(name),
+        samples=benchmarks.draw(name, LIMIT),
+        bootstrap_iters=0,
+        verbosity="ERROR",
     )
     about = benchmarks.metadata(name)
     samples = [s for s in reference["samples"][name] if s["filter"] == about.get("filter", s["filter"])]
@@ -98,7 +102,7 @@ def test_a_suite_of_another_package_is_a_folder(tmp_path, monkeypatch):
         for clear in forget:
             clear()
         assert benchmarks.suites()["theirs"] == {"colours": tmp_path / "colours.yaml"}
-        assert benchmarks.shares("colours", None) == {"colours": 1}
+        assert benchmarks.draw("colours", None) == {"colours": [0]}
         before = benchmarks.fingerprint("colours")
         (tmp_path / "colours.jsonl").write_text(json.dumps(tests | {"id": "sea"}))
         benchmarks.fingerprint.cache_clear()
@@ -110,11 +114,11 @@ def test_a_suite_of_another_package_is_a_folder(tmp_path, monkeypatch):
 
 
 def test_unparsed_output_is_told_from_wrong(smollm2, monkeypatch):
-    monkeypatch.setattr(
-        SharedPrefixLM,
-        "generate_until",
-        lambda self, requests, **_: [" no number"] + [" 1 + 1 = 99"] * (len(requests) - 1),
-    )
+    def answer(self, requests, **_):
+        self.scored += [[(-1.0, 2)]] * len(requests)
+        return [" no number"] + [" 1 + 1 = 99"] * (len(requests) - 1)
+
+    monkeypatch.setattr(SharedPrefixLM, "generate_until", answer)
     items = evaluate(smollm2, "mini_gsm8k", 3)
     assert [item["parsed"] for item in items] == [False, True, True]
     assert [item["value"] for item in items] == [0.0, 0.0, 0.0]

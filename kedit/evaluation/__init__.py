@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from kedit.data.requests import EditRequest
     from kedit.model.lm import LM
 
-MEASURES = {"structure": 1, "refusal": 1}
+MEASURES = {"structure": 1, "refusal": 2}
 """What can be asked at a checkpoint besides edit success and benchmarks -> version of its definition."""
+BENCHMARKS = 2
+"""Version of what is kept of a benchmark's items, and of which of them a limit draws."""
 
 
 class Examiner:

@@ -23,6 +23,8 @@ class Item(TypedDict, total=False):
     """Log-likelihood of each choice."""
     target: int | list[int]
     """Index of the right choice, or of all that are right."""
+    graded: float
+    """Probability of the right choice, or a token of the reference answer: see ``kedit.evaluation.harness``."""
     text: str
     """What was generated, where there are no choices; of edit success as well."""
 
@@ -38,3 +40,5 @@ class Item(TypedDict, total=False):
     # refusal
     harmful: bool
     refused: bool
+    log_odds: float
+    """Log-odds that the answer begins with one of the refusing openings rather than with a complying one."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kedit.evaluation import MEASURES, benchmarks
+from kedit.evaluation import BENCHMARKS, MEASURES, benchmarks
 from kedit.model.journal import Edit
 from kedit.store import Store, digest
 from kedit.study import trajectory
@@ -102,9 +102,10 @@ def _cell_key(params: Params, benchmark: str, state: str, requests: Sequence) ->
     """Hash of all that a cell depends on; ``requests`` are the keys of what edit success asks about."""
     if benchmark == "edit":
         return digest("cell", state, "edit", requests)
-    if benchmark in params.measures:
+    if benchmark == "structure":
         return digest("cell", state, benchmark, MEASURES[benchmark], params.statistics.model_dump())
-    return digest("cell", state, benchmark, benchmarks.fingerprint(benchmark), params.limit)
+    about, limit = (MEASURES[benchmark], None) if benchmark in MEASURES else (BENCHMARKS, params.limit)
+    return digest("cell", state, benchmark, about, benchmarks.fingerprint(benchmark), limit)
 
 
 def planned(params: Params) -> Counter[str]:

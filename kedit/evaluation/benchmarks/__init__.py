@@ -13,13 +13,23 @@ The ``metadata`` of a task file say what the rest of kedit must know of a benchm
 - ``two_way``: all items have the same two choices, so a commoner answer can be told
 - ``items``: the benchmark whose items it asks about, where they are not its own
 - ``chat``: asked in the model's chat template; ``keep``: what the task says of an answer, kept in place of its text
+
+and what the graded score needs that the task does not say:
+
+- ``reference``, of a generated answer: template of the text that the model is expected to write right after the
+  prompt, whose probability a token is the score; no graded score without it
+- ``graded``: the task's metric that is the graded score, where that is not the probability of the right choice; its
+  ``graded_chance``, if another
+- ``openings`` of a ``refusing`` and of a ``complying`` answer, none the beginning of another
 """
 
 import json
+from collections import defaultdict
 from functools import cache
 from importlib.metadata import version
-from itertools import accumulate, islice, pairwise
+from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import yaml
@@ -88,7 +98,7 @@ def metadata(name: str) -> dict[str, Any]:
 
 @cache
 def fingerprint(name: str) -> str:
-    """Hash of everything that defines a benchmark: its YAML, its items and what they share, its functions.
+    """Hash of everything that defines a benchmark: its YAML, its items and what they share, its functions and texts.
 
     Of the paper suite: lm-eval's version, our settings, every item and the exemplars, wherever they came from.
     """
@@ -100,7 +110,10 @@ def fingerprint(name: str) -> str:
             parts += [subtask, list(shown), list(task.eval_docs)]
     else:
         file = config.get("dataset_kwargs", {}).get("file")
-        paths = [*([_located(file)] if file else []), *sorted(known()[name].parent.glob("*.py"))]
+        paths = [
+            *([_located(file)] if file else []),
+            *(p for p in sorted(known()[name].parent.iterdir()) if p.suffix in (".py", ".txt")),
+        ]
         parts = [path.read_text(encoding="utf-8") for path in paths]
     return digest(config, *parts)[:16]
 
@@ -150,14 +163,28 @@ def reach(name: str) -> None:
         stock.located(source)
 
 
-def shares(name: str, limit: int | None) -> dict[str, int]:
-    """How many items each task of a benchmark gives: all, or ``limit`` in all, in proportion to size.
+def draw(name: str, limit: int | None) -> dict[str, list[int]]:
+    """Indices of the items that each task of a benchmark gives: all, or ``limit`` in all.
 
-    So the score of a part estimates the score of the whole (every item counts once, as in lm-eval's own
-    group scores). Each task gives its first items, as with lm-eval's ``--limit``.
+    A limited draw is stratified, so that the score of a part estimates that of the whole: by task, and by the right
+    answer where all items have the same two choices, else by what items say of their ``kind`` or ``subject``. The
+    members of a stratum, in random order, are spread evenly over one sequence, each stratum from a start of its own;
+    the draw is the beginning of the sequence. So it is the same for every model, and part of every larger one.
     """
-    sizes = {subtask: len(task.eval_docs) for subtask, task in tasks(name).items()}
-    total = sum(sizes.values())
-    limit = min(limit or total, total)
-    shared_out = [seen * limit // total for seen in accumulate(sizes.values(), initial=0)]
-    return {subtask: end - start for subtask, (start, end) in zip(sizes, pairwise(shared_out), strict=True)}
+    about, built = metadata(name), tasks(name)
+    if limit is None:
+        return {subtask: list(range(len(task.eval_docs))) for subtask, task in built.items()}
+    strata: dict[tuple[str, str], list[tuple[str, int]]] = defaultdict(list)
+    for subtask, task in built.items():
+        for index, doc in enumerate(task.eval_docs):
+            kind = task.doc_to_target(doc) if about.get("two_way") else doc.get("kind", doc.get("subject"))
+            strata[subtask, str(kind)].append((subtask, index))
+    rng, groups = Random(f"draw {about.get('items', name)}"), list(strata.values())
+    rng.shuffle(groups)
+    places = []
+    for number, group in enumerate(groups):
+        rng.shuffle(group)
+        start = (number + 0.5) / len(groups)
+        places += [((rank + start) / len(group), item) for rank, item in enumerate(group)]
+    drawn = {item for _, item in sorted(places)[:limit]}
+    return {name: [i for i in range(len(task.eval_docs)) if (name, i) in drawn] for name, task in built.items()}
