@@ -113,6 +113,36 @@ def test_the_outer_gradient_is_that_of_dense_functional_weights(lm):
         assert (mine - theirs).norm() < 1e-4 * theirs.norm()
 
 
+def test_moments_are_those_of_the_rows_so_far_projection_by_projection(llama):
+    """Against all rows kept in lists, and moments taken of the lists; before it a network that has seen eight texts."""
+    upper, network = ready(llama)
+    factors = upper.factors([edit for edit, _, _ in drawn(llama, 3)])[0]
+    seen = {}
+    for transform, _ in network.uses:  # rows with the moments there are
+        width = len(transform.mean)
+        deviations = torch.zeros(int(transform.count), width, dtype=torch.float64)
+        deviations[0], deviations[1] = (transform.squares / 2).sqrt(), -(transform.squares / 2).sqrt()
+        seen[transform] = [*(transform.mean + deviations)]
+    expected = [[] for _ in factors]
+    for text in range(3):
+        for number, ((transform, index), (x, g)) in enumerate(zip(network.uses, factors, strict=True)):
+            rows = torch.cat([x[text], g[text]], -1)[(g[text] != 0).any(-1)].double()
+            seen[transform] += [*rows]
+            every = torch.stack(seen[transform])
+            z = ((rows - every.mean(0)) / (every.std(0) + 1e-7)).float()
+            for layer in transform.layers:
+                z = z + torch.clamp(
+                    layer.scale[index] * (z @ (layer.u @ layer.v).T + layer.bias) + layer.shift[index], 0
+                )
+            right, left = z[:, : x.shape[-1]], z[:, x.shape[-1] :]
+            expected[number].append(network.rates[number] * left.T @ right)
+    updates = network(factors, observe=True)
+    for (right, left), products in zip(updates, expected, strict=True):
+        for product, theirs in zip(left.mT @ right, products, strict=True):
+            assert (product - theirs).norm() < 1e-4 * theirs.norm()
+    assert [int(t.count) for t, _ in network.uses] == [len(seen[t]) for t, _ in network.uses]
+
+
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_edits_accumulate_unless_told_otherwise_and_replay_to_the_bit(lm, accumulate):
     editor = MEND(lm, replace(HPARAMS, accumulate_edits=accumulate))

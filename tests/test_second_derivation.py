@@ -16,12 +16,13 @@ from derivation import derive
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kedit
-from kedit.editors import kind_of
+from kedit.editors import kind_of, mend
 from kedit.editors.ft import FTL, FTM
 from kedit.editors.grace import GRACE
 from kedit.editors.kn import attributions
 from kedit.editors.protocol import Editor
 from kedit.editors.second_moments import SecondMoments
+from kedit.editors.training import ScoredText
 from kedit.model.forward import LookupText, activations
 from kedit.model.lm import LM
 
@@ -150,3 +151,29 @@ def test_the_value_of_grace(derived, monkeypatch):
     assert near(values["key"], "grace_key")
     expected = STORED["out_grace_values"][-1]
     assert np.abs(values["value"].double().numpy() - expected).max() < 2e-4 * np.abs(expected).max()
+
+
+def test_the_updates_of_mend(derived):
+    """The factors of the gradient, and what given networks, moments and rates make of them."""
+    hparams = mend.Hparams(layers=(3,), rank=6)
+    upper = mend.UpperBlocks(derived, hparams.layers)
+    network = mend.HyperNetwork(upper.modules, hparams)
+    given = {"rates": STORED["in_mend_rates"]}
+    for shape, size in (("wide", "48x32"), ("narrow", "32x48")):
+        value = {name.removeprefix(f"in_mend_{shape}_"): v for name, v in STORED.items() if f"_mend_{shape}_" in name}
+        deviation = np.concatenate([value["sd_x"], value["sd_g"]])
+        given[f"transforms.{size}.count"] = np.array(2.0)
+        given[f"transforms.{size}.mean"] = np.concatenate([value["mu_x"], value["mu_g"]])
+        given[f"transforms.{size}.squares"] = deviation**2
+        for block in range(2):
+            names = {"u": "U", "v": "V", "bias": "b", "scale": "scale", "shift": "shift"}
+            given |= {f"transforms.{size}.layers.{block}.{n}": value[f"{theirs}{block}"] for n, theirs in names.items()}
+    network.load_state_dict({name: torch.tensor(value) for name, value in given.items()})
+    factors, _ = upper.factors([ScoredText((*ids("prompt"), *ids("new")), len(ids("prompt")))])
+    with torch.no_grad():
+        updates = network(factors)
+    for name, (x, g), (right, left) in zip(("gate", "up", "down"), factors, updates, strict=True):
+        live = (g[0] != 0).any(-1)
+        assert near(x[0, live], f"mend_{name}_x")
+        assert near(g[0, live], f"mend_{name}_g")
+        assert near(left[0].T @ right[0], f"mend_{name}_delta")

@@ -227,12 +227,22 @@ class HyperNetwork(nn.Module):
         self.uses = [(self.transforms[f"{o}x{i}"], shapes[:n].count((o, i))) for n, (o, i) in enumerate(shapes)]
 
     def forward(self, factors: Factors, observe: bool = False) -> Factors:
-        """(x, g) -> (x~, rate * g~); ``observe`` updates the moments first."""
-        if observe:
-            for (transform, _), pair in zip(self.uses, factors, strict=True):
+        """(x, g) -> (x~, rate * g~); ``observe``, in training, updates the moments on the way.
+
+        As published: text by text, and of each text projection by projection, each transformed with the moments as they
+        are once its own rows are counted. Those of one shape share moments, so that what comes first sees fewer rows.
+        """
+        if observe and len(factors[0][0]) > 1:
+            texts = range(len(factors[0][0]))
+            each = [self([(x[n : n + 1], g[n : n + 1]) for x, g in factors], observe=True) for n in texts]
+            return [tuple(map(torch.cat, zip(*pairs, strict=True))) for pairs in zip(*each, strict=True)]
+        updates = []
+        for (transform, index), pair, rate in zip(self.uses, factors, self.rates, strict=True):
+            if observe:
                 transform.observe(*pair)
-        updates = [transform(*pair, index) for (transform, index), pair in zip(self.uses, factors, strict=True)]
-        return [(right, rate * left) for (right, left), rate in zip(updates, self.rates, strict=True)]
+            right, left = transform(*pair, index)
+            updates.append((right, rate * left))
+        return updates
 
 
 # Training -------------------------------------------------------------------------------------------
