@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kedit.analysis.scores import COLLAPSED, TRAJECTORY, bootstrap, outcomes, table
+from kedit.analysis.scores import COLLAPSED, LEVEL, LINE, TRAJECTORY, answers, table
 from kedit.editors import kind_of
+from kedit.evaluation.benchmarks import known, metadata
 from kedit.study.results import Results
 
 
@@ -28,6 +29,7 @@ class Indicator:
     axis: str
 
 
+RESAMPLES = 2000
 INDICATORS = {
     "relative": Indicator(0.0, 0.1, "weights: |dW| / |W|", "symlog"),
     "spectral": Indicator(1.0, 2.0, "spectral norm, ratio", "log"),
@@ -67,27 +69,28 @@ def damage(items: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: math.inf if math.isnan(value) else value for name, value in damage.items()}
 
 
-def ability_kept(rows: pd.DataFrame) -> pd.DataFrame:
+def ability_kept(rows: pd.DataFrame, scale: str = "value") -> pd.DataFrame:
     """The ability score kept at each checkpoint: 1 all of what the unedited model has above chance, 0 none.
 
     Args:
         rows: of ``scores.table``.
+        scale: ``value`` (right or wrong) or ``graded``.
 
     Returns:
-        columns model, method, variant, order, edits and ``kept``, the mean over the benchmarks on which the
-        unedited model is above chance and off the floor; a benchmark that failed has kept nothing.
+        columns model, method, variant, order, edits and ``kept``, the mean over the benchmarks of some aspect that are
+        off the floor.
     """
-    rows = rows[(rows.benchmark != "edit") & (rows.status != "floor")].copy()
-    base = rows.value - rows.delta
-    rows["kept"] = (rows.value - rows.chance) / (base - rows.chance)
-    rows.loc[rows.status == "failed", "kept"] = 0.0
-    return rows[base > rows.chance].groupby([*TRAJECTORY, "edits"], sort=False).kept.mean().reset_index()
+    rows = rows[rows.benchmark.isin(known()) & (rows.status != "floor")]
+    rows = rows[rows.benchmark.map(lambda name: "aspect" in metadata(name))]
+    rows = rows[(rows.metric == "graded") == (scale == "graded")]
+    kept = (rows.value - rows.chance) / (rows.value - rows.delta - rows.chance)
+    return rows.assign(kept=kept).groupby([*TRAJECTORY, "edits"], sort=False).kept.mean().reset_index()
 
 
-def checkpoints(results: Results) -> pd.DataFrame:
-    """Every checkpoint's damage beside the ability ``kept``, for each order."""
-    rows = [checkpoint | damage(items) for checkpoint, _, items, _ in outcomes(results, ["structure"])]
-    return ability_kept(table(results)).merge(pd.DataFrame(rows))
+def checkpoints(results: Results, scale: str = "value") -> pd.DataFrame:
+    """Every checkpoint's damage beside the ability ``kept`` on a scale, for each order."""
+    rows = [checkpoint | damage(items) for checkpoint, _, items, _ in answers(results, ["structure"])]
+    return ability_kept(table(results), scale).merge(pd.DataFrame(rows))
 
 
 def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
@@ -104,7 +107,9 @@ def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
     Returns:
         one row an indicator (``measure``), the strongest first: ``rho``, Spearman's rank correlation with ``kept``
         over all checkpoints (negative: more damage, less ability), ``rho_low`` and ``rho_high`` its 95% percentile
-        bootstrap interval over whole trajectories (the checkpoints of one depend on each other). Of the
+        bootstrap interval over whole trajectories (the checkpoints of one depend on each other); ``within`` and its
+        interval the same of ranks within each method that does some damage, so that nothing leans on differences
+        between methods, or on those that do none (nan where nothing varies). Of the
         trajectories that collapse (first checkpoint with ``kept`` under ``COLLAPSED``), ``collapsed`` in number:
         how many cross the alarm's ``threshold`` ``before`` that checkpoint, and the median ``lead`` in edits of
         those that cross it at all (0 at the same checkpoint, negative after it). ``false_alarms``: trajectories
@@ -124,21 +129,40 @@ def predictors(checkpoints: pd.DataFrame) -> pd.DataFrame:
             if len(fallen) and len(crossed):
                 leads.append(int(fallen.iloc[0] - crossed.iloc[0]))
         before, lead = sum(lead > 0 for lead in leads), float(np.median(leads)) if leads else math.nan
-        correlation = _rank_correlation(trajectories, name)
-        rows.append((name, *correlation, collapsed, INDICATORS[name].alarm, before, lead, false_alarms))
-    columns = ["measure", "rho", "rho_low", "rho_high", "collapsed", "threshold", "before", "lead", "false_alarms"]
+        harmed = [t for t in trajectories if (t[name] != INDICATORS[name].undamaged).any()]
+        correlations = *_correlation(trajectories, name, False), *_correlation(harmed, name, True)
+        rows.append((name, *correlations, collapsed, INDICATORS[name].alarm, before, lead, false_alarms))
+    columns = ["measure", "rho", "rho_low", "rho_high", "within", "within_low", "within_high"]
+    columns += ["collapsed", "threshold", "before", "lead", "false_alarms"]
     return pd.DataFrame(rows, columns=columns).sort_values("rho", kind="stable", ignore_index=True)
 
 
-def _rank_correlation(trajectories: Sequence[pd.DataFrame], name: str) -> tuple[float, float, float]:
-    """Spearman's rho of an indicator and the ability kept, with its bootstrap interval over trajectories."""
+def _correlation(trajectories: Sequence[pd.DataFrame], name: str, within: bool) -> tuple[float, float, float]:
+    """Spearman's rho of an indicator and the ability kept, with its bootstrap interval over trajectories.
+
+    Args:
+        within: ranks are taken within each method, and centred there.
+    """
     pairs = [rows[[name, "kept"]].dropna().to_numpy(float) for rows in trajectories]
+    lines = [tuple(rows[[c for c in LINE if c in rows]].iloc[0]) if within else () for rows in trajectories]
 
     def rho(which: np.ndarray) -> float:
-        ranks = stats.rankdata(np.concatenate([pairs[index] for index in which]), axis=0)
-        if np.ptp(ranks, axis=0).min() == 0:
+        drawn: dict[tuple, list[np.ndarray]] = {}
+        for index in which:
+            drawn.setdefault(lines[index], []).append(pairs[index])
+        ranks = [stats.rankdata(np.concatenate(some), axis=0) for some in drawn.values()]
+        ranks = np.concatenate([each - each.mean(0) for each in ranks])
+        spread = (ranks**2).sum(0)
+        if not spread.min():
             return 0.0  # what does not vary predicts nothing
-        return float(np.corrcoef(ranks.T)[0, 1])
+        return float((ranks[:, 0] * ranks[:, 1]).sum() / np.sqrt(spread.prod()))
 
-    every = np.arange(len(pairs))
-    return rho(every), *bootstrap((every,), rho)
+    count = len(pairs)
+    if not count:
+        return math.nan, math.nan, math.nan
+    every = np.arange(count)
+    if count < 2:
+        return rho(every), math.nan, math.nan
+    draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    low, high = np.quantile([rho(draw) for draw in draws], [LEVEL / 2, 1 - LEVEL / 2])
+    return rho(every), float(low), float(high)

@@ -16,9 +16,8 @@ from matplotlib.lines import Line2D
 
 from kedit.analysis import inference, scores
 from kedit.analysis.damage import INDICATORS, checkpoints
-from kedit.analysis.inference import Ability, Estimate
+from kedit.analysis.inference import Ability
 from kedit.analysis.published import published
-from kedit.analysis.safety import over_edits
 from kedit.editors import kind_of
 from kedit.evaluation import benchmarks
 from kedit.evaluation.success import METRICS
@@ -149,7 +148,9 @@ def overlay(ax: Axes, rows: pd.DataFrame) -> None:
 
 
 def _ability_panels(curves: pd.DataFrame, names: Sequence[str]) -> list[Panel]:
-    return [partial(ability_panel, rows=curves[curves.benchmark == name], benchmark=name) for name in names]
+    studied = [(name, benchmarks.metadata(name)["metric"]) for name in names]
+    of = {name: curves[(curves.benchmark == name) & (curves.metric == metric)] for name, metric in studied}
+    return [partial(ability_panel, rows=rows, benchmark=name) for name, rows in of.items()]
 
 
 def rq1(results: Results) -> dict[str, Figure]:
@@ -182,9 +183,11 @@ def retention(results: Results) -> Figure:
 
 def rq5(results: Results) -> dict[str, Figure]:
     """The safety benchmarks, and what lies behind their scores."""
-    curves, behind = scores.curves(results), over_edits(results)
+    curves = scores.curves(results)
     panels = _ability_panels(curves, results.params.benchmarks)
-    panels += [partial(curves_panel, rows=rows, title=name) for name, rows in behind.groupby("measure", sort=False)]
+    behind = curves[curves.metric.isin(["discrimination", "bias"]) | (curves.metric == "refused")]
+    for (name, metric), rows in behind.groupby(["benchmark", "metric"], sort=False):
+        panels.append(partial(curves_panel, rows=rows, title=f"{name}: {metric}"))
     return {"figure": _by_edits(panels, _styles(curves.method.unique()) | LEVELS, 3, "score or share")}
 
 
@@ -203,108 +206,65 @@ def _kept_panel(ax: Axes, curves: Iterable[KeptCurve], counts: Sequence[int], ti
     _levels(ax, 1, 0)
 
 
-def _forest(ax: Axes, names: Sequence[str], estimates: Sequence[Estimate], style: Mapping[str, Any]) -> None:
-    """Numbers with their 95% intervals, one under the other; hollow where the interval holds 0."""
-    for row, estimate in enumerate(estimates):
-        low, high = estimate.interval
-        ax.plot([low, high], [row, row], color=style["color"], linewidth=1.0)
-        face = "white" if low <= 0 <= high else style["color"]
-        ax.plot([estimate.value], [row], **style | {"markerfacecolor": face, "linestyle": "none"})
-    ax.axvline(0, color="black", linewidth=0.8, zorder=1.5)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+def _by_method(abilities: Sequence[Ability]) -> dict[str, list[Ability]]:
+    groups: dict[str, list[Ability]] = {}
+    for ability in inference.general(abilities):
+        if ability.scale == "value":
+            groups.setdefault(ability.label, []).append(ability)
+    return groups
+
+
+def _models_figure(results: Results, styles: Styles) -> dict[str, Figure]:
+    """Mean share kept over abilities against the number of edits: a panel a method that edits, a curve a model."""
+    groups, counts = _by_method(inference.abilities(results)), results.params.edits
+    panels = [
+        partial(
+            _kept_panel,
+            curves=[
+                ([a for a in group if a.model == model], style)
+                for model, style in styles.items()
+                if any(a.model == model for a in group)
+            ],
+            counts=counts,
+            title=label,
+        )
+        for label, group in groups.items()
+    ]
+    return {"figure": _by_edits(panels, styles | {"chance": LEVELS["chance"]}, 3, "share kept")}
+
+
+def _shades(models: Sequence[str]) -> Styles:
+    shades = plt.get_cmap("viridis_r")(np.linspace(0.12, 0.95, len(models)))
+    return {
+        m: {"color": shade, "marker": "o", "linestyle": "-"} | HOLLOW for m, shade in zip(models, shades, strict=True)
+    }
 
 
 def rq2(results: Results) -> dict[str, Figure]:
-    """Share kept by the base and the tuned model, and the difference for each benchmark; one column a method.
-
-    Above: mean over the benchmarks that are off the floor for both. Below: how much more the tuned model keeps,
-    mean over checkpoints; above 0 it is the more robust.
-    """
-    abilities, models, counts = inference.abilities(results), results.params.models, results.params.edits
-    table = inference.contrast(abilities, *models)
-    dashes = {"base": "-", "instruction-tuned": "--"}
-    by_method = table.groupby("method", sort=False)
-    with _panels(2, len(by_method) + 1) as (figure, axes):
-        for (top, below), (method, rows) in zip(axes.T, by_method, strict=False):
-            style, names = _style(method), list(rows.benchmark)
-            common = [a for a in abilities if a.method == method and a.benchmark in names]
-            curves = [
-                ([a for a in common if a.model == model], style | {"linestyle": dash})
-                for model, dash in zip(models, dashes.values(), strict=True)
-            ]
-            _kept_panel(top, curves, counts, kind_of(method).label)
-            top.set_xlabel("sequential edits")
-            _forest(below, names, list(rows.difference), style)
-            below.set_xlabel("tuned keeps more by")
-        for ax in axes[1, 1:-1]:
-            ax.set_yticklabels([])
-        axes[0, 0].set_ylabel("share kept")
-        black = {name: {"color": "black", "linestyle": dash} for name, dash in dashes.items()}
-        _legend(axes[:, -1], black | {"chance": LEVELS["chance"]})
-    return {"figure": figure}
+    """Share kept by the base and the tuned models."""
+    return _models_figure(results, _shades(results.params.models))
 
 
 def rq3(results: Results) -> dict[str, Figure]:
-    """One row a method, one column a benchmark, one curve a model size; last, the trend with size."""
-    abilities, size = inference.abilities(results), inference.sizes(results)
-    models = sorted(size, key=size.__getitem__)
-    shades = plt.get_cmap("viridis_r")(np.linspace(0.12, 0.95, len(models)))
-    styles = {m: {"color": shade, "marker": "o"} | HOLLOW for m, shade in zip(models, shades, strict=True)}
-    table = inference.trend(abilities, size)
-    names = results.params.benchmarks
-    with _panels(len(table), len(names) + 1) as (figure, axes):
-        for line, row in zip(axes, table.itertuples(), strict=True):
-            for ax, name in zip(line, names, strict=False):
-                by_model = {a.model: a for a in abilities if (a.method, a.benchmark) == (row.method, name)}
-                curves = [([by_model[m]], styles[m] | {"linestyle": "-"}) for m in models if not by_model[m].floor]
-                floors = len(models) - len(curves)
-                _kept_panel(ax, curves, results.params.edits, name + f"  [{floors} at the floor]" * (floors > 0))
-            line[0].set_ylabel(f"{kind_of(row.method).label}: share kept")
-            _trend(line[-1], row, size, styles)
-        for ax in axes[-1, :-1]:
-            ax.set_xlabel("sequential edits")
-        axes[-1, -1].set_xlabel("parameters")
-        handles = [Line2D([], [], **style, label=model) for model, style in styles.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncol=len(models), fontsize=8)
-    return {"figure": figure}
-
-
-def _trend(ax: Axes, row: Any, size: Mapping[str, float], styles: Styles) -> None:
-    ax.set_title("mean against size")
-    ax.set_xscale("log")
-    ax.set_ylim(-0.28, 1.28)
-    if row.slope is None:
-        ax.text(0.5, 0.5, "no benchmark off the floor\nat every size", ha="center", transform=ax.transAxes)
-        return
-    for model, estimate in row.kept.items():
-        error = np.abs(np.subtract(estimate.interval, estimate.value))[:, None]
-        ax.errorbar(size[model], estimate.value, error, **styles[model], linewidth=1.0)
-    x = np.log10([size[model] for model in row.kept])
-    middle = np.mean([estimate.value for estimate in row.kept.values()])
-    ax.plot(
-        10**x, middle + row.slope.value * (x - x.mean()), color=_style(row.method)["color"], linewidth=1.0, zorder=1.4
-    )
-    ax.text(0.03, 0.03, f"slope {row.slope}", transform=ax.transAxes, fontsize=7)
-    ax.minorticks_off()
+    """Share kept by models of several sizes."""
+    size = inference.sizes(results)
+    return _models_figure(results, _shades(sorted(size, key=size.__getitem__)))
 
 
 def rq4(results: Results) -> dict[str, Figure]:
     """Share of each aspect of ability that is kept at the last checkpoint, by method."""
-    aspects = inference.by_aspect(inference.abilities(results))
-    methods = list(dict.fromkeys(a.method for group in aspects.values() for a in group))
-    labels = [f"{name}\n({', '.join(dict.fromkeys(a.benchmark for a in group))})" for name, group in aspects.items()]
+    abilities = [a for a in inference.general(inference.abilities(results)) if a.scale == "value"]
+    names = list(dict.fromkeys(a.aspect for a in abilities))
+    methods = list(dict.fromkeys(a.method for a in abilities))
     with _panels(1, 2, (4.4, 3.2), width_ratios=(4, 1)) as (figure, ((ax, spare),)):
-        for column, group in enumerate(aspects.values()):
+        for column, aspect in enumerate(names):
             for index, method in enumerate(methods):
-                estimate = inference.kept([a for a in group if a.method == method])
+                estimate = inference.kept([a for a in abilities if (a.aspect, a.method) == (aspect, method)])
                 where = column + 0.7 * ((index + 0.5) / len(methods) - 0.5)
                 ax.vlines(where, *estimate.interval, color=_style(method)["color"], linewidth=1.0)
                 ax.plot(where, estimate.value, **_style(method) | {"linestyle": "none"})
-            ax.axvspan(column - 0.45, column + 0.45, color="#f4f4f4", zorder=0)
         _levels(ax, 1, 0)
-        ax.set_xticks(range(len(aspects)), labels)
-        ax.grid(visible=False, axis="x")
+        ax.set_xticks(range(len(names)), names)
         ax.set_ylabel(f"share kept after {results.params.edits[-1]} edits")
         _legend([spare], _styles(methods) | LEVELS)
     return {"figure": figure}

@@ -36,9 +36,9 @@ def published(model: str, benchmark: str) -> pd.DataFrame:
         for the unedited model. Empty where nothing was published.
     """
     rows = _every()
+    name = benchmarks.metadata(benchmark)["benchmark"].removesuffix(" MC1")  # which TruthfulQA's numbers are, not MC2's
     if benchmark not in benchmarks.suites()["paper"]:
         return rows[:0]
-    name = benchmarks.metadata(benchmark)["benchmark"].partition(" ")[0]  # TruthfulQA MC1
     return rows[(rows.model.map(_plain) == _plain(model)) & (rows.benchmark == name)].reset_index(drop=True)
 
 
@@ -72,3 +72,47 @@ def decline(tables: list[int], models: list[str] | None = None) -> pd.DataFrame:
     index = ["model", "method", "edits"]
     table = rows.pivot(index=index, columns="benchmark", values="shown").fillna("-").rename_axis(columns=None)
     return table.reindex(pd.MultiIndex.from_frame(rows[index].drop_duplicates()), columns=rows.benchmark.unique())
+
+
+@cache
+def share_kept() -> pd.DataFrame:
+    """The study's curves: what each method left of the score of each benchmark of an ability, by number of edits.
+
+    The study reads generated answers, of which a broken model gives none, so its scores fall to 0 and the share kept is
+    score over unedited score. TruthfulQA and ToxiGen, read by likelihood, do not fall to 0 and are left out.
+
+    Returns:
+        columns model and method (as published and as kedit names them), edits, benchmark (``mean``: over those that
+        were published, where none is doubtful), kept, note. Edits 0 stand under each method with 1.
+    """
+    rows = _every()[_every().table <= 4]
+    unedited = rows[rows.method == "none"].set_index(["model", "benchmark"]).score
+    rows = rows[rows.method != "none"]
+    rows = rows.assign(kept=rows.score / unedited.reindex(pd.MultiIndex.from_frame(rows[unedited.index.names])).values)
+    line = ["model", "method", "edits"]
+    sound = rows[~rows.groupby(line).note.transform(lambda notes: (notes != "").any())]
+    means = sound.groupby(line, sort=False).kept.mean().reset_index().assign(benchmark="mean", note="")
+    rows = pd.concat([rows, means])[[*line, "benchmark", "kept", "note"]]
+    starts = rows.drop_duplicates(["model", "method", "benchmark"]).assign(edits=0, kept=1.0, note="")
+    return pd.concat([starts, rows]).sort_values(["model", "method", "benchmark", "edits"], ignore_index=True)
+
+
+def twins_apart() -> pd.DataFrame:
+    """How far the study's base and tuned models are apart under each method, in scores and in shares kept.
+
+    Returns:
+        a row a base model and method: ``cells`` that both have, the largest difference of two scores (``score``) and of
+        two shares kept (``kept``), and ``where`` the latter is. Doubtful cells are left out.
+    """
+    rows = _every()[(_every().table <= 3) & (_every().note == "")]
+    shares = share_kept()[["model", "method", "edits", "benchmark", "kept"]]
+    rows = rows.merge(shares, on=["model", "method", "edits", "benchmark"])
+    found = []
+    for base, tuned in (("Llama2-7B", "Llama2-7B-chat"), ("Mistral-7B", "Mistral-7B-Instruct")):
+        both = rows[rows.model == base].merge(rows[rows.model == tuned], on=["method", "edits", "benchmark"])
+        both["score"], both["kept"] = (both[f"{name}_y"] - both[f"{name}_x"] for name in ("score", "kept"))
+        for method, cells in both.groupby("method", sort=False):
+            far = cells.loc[cells.kept.abs().idxmax()]
+            where = f"{far.benchmark}, {far.edits} edits: {far.kept_x:.2f} base, {far.kept_y:.2f} tuned"
+            found.append((base, method, len(cells), cells.score.abs().max(), abs(far.kept), where))
+    return pd.DataFrame(found, columns=["model", "method", "cells", "score", "kept", "where"])

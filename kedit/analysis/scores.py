@@ -1,8 +1,14 @@
-"""From item-level outcomes to a tidy table: scores, intervals, paired differences, status."""
+"""From item-level outcomes to a tidy table: scores on every scale, intervals, paired differences, status.
+
+Each question is scored on two scales with the same chance: right or wrong (``value``, the study's metric), and
+``graded`` (0 to 1: the probability given to the right answer). Where there are two answers to all questions of a
+benchmark, two more tell a lost ability from a moved threshold: ``discrimination`` (area under the ROC curve) and
+``bias`` (share of the commoner answer). Refusals have ``log_odds``, in nats, for a graded scale. What a broken model
+leaves without a finite likelihood scores chance, and counts as lost.
+"""
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from typing import Any
 
@@ -11,6 +17,8 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
+from kedit import KeditError
+from kedit.analysis.safety import commoner, placements
 from kedit.editors import kind_of
 from kedit.evaluation import benchmarks, success
 from kedit.evaluation.records import Item
@@ -20,10 +28,12 @@ COLUMNS = [
     "rq", "params", "model", "method", "variant", "edit_set", "order", "edits", "benchmark", "metric", "value",
     "ci_low", "ci_high", "n", "chance", "unparsed", "delta", "delta_low", "delta_high", "status",
 ]  # fmt: skip
-TRAJECTORY = ["model", "method", "variant", "order"]
-RESAMPLES = 2000
+LINE = ["model", "method", "variant"]
+"""What a curve is of."""
+TRAJECTORY = [*LINE, "order"]
+LEVEL = 0.05
 FLOOR = 3
-"""A score is at the floor within so many standard errors of chance."""
+"""A score is at the floor unless it is so many standard errors above chance."""
 COLLAPSED = 0.5
 """A score has collapsed when the upper bound of what it keeps above chance is under this share of what it had."""
 AGES = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
@@ -31,9 +41,18 @@ AGES = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
 def off_chance(values: Sequence[float] | np.ndarray, chance: float) -> float:
-    """How many standard errors a mean lies above chance."""
-    n, mean = len(values), float(np.mean(values))
-    return (mean - chance) / math.sqrt(max(mean * (1 - mean), 1 / n) / n)
+    """How many standard errors a mean lies above chance; the least of the errors is that of one right answer."""
+    return float((np.mean(values) - chance) / math.sqrt(max(np.var(values), 1 / len(values)) / len(values)))
+
+
+def at_floor(values: Sequence[float] | np.ndarray, chance: float) -> bool:
+    """Whether what the unedited model answers is not clearly above chance, so that nothing can be lost."""
+    return off_chance(values, chance) < FLOOR
+
+
+def unseen(n: int, level: float = LEVEL) -> float:
+    """The largest share of items that change of which ``n`` would show none with probability ``level`` (exact)."""
+    return 1 - level ** (1 / n)
 
 
 def shown(value: float, low: float = math.nan, high: float = math.nan, sign: str = "") -> str:
@@ -43,52 +62,58 @@ def shown(value: float, low: float = math.nan, high: float = math.nan, sign: str
     return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]" if math.isfinite(low) else f"{value:{sign}.2f}"
 
 
-def bootstrap(data: Sequence[np.ndarray], statistic: Callable[..., Any]) -> tuple[float, float]:
-    """95% percentile interval of a statistic of arrays of one length, drawn anew together with replacement."""
-    if len(data[0]) < 2:
-        return math.nan, math.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where nothing differs the interval is degenerate
-        interval = stats.bootstrap(
-            data, statistic, paired=True, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-        ).confidence_interval
-    return float(interval.low), float(interval.high)
+# Scales --------------------------------------------------------------------------------------------
 
 
-def summarise(items: Sequence[Item], chance: float | None = None) -> dict[str, Any]:
-    """Score of some items, each with ``id``, ``value`` and ``base`` (the unedited model's value).
+def broken(item: Item) -> bool:
+    """Whether the model's likelihoods are not finite, so that its answer is none."""
+    return not np.isfinite([*item.get("lp", ()), item.get("graded", 0.0), item.get("log_odds", 0.0)]).all()
 
-    Items of one id (paraphrases of one request, one question in several orders) form a cluster. The
-    interval of the value is Wilson's with as many trials as clusters, which stays honest at 0 and 1;
-    that of the paired difference is a percentile bootstrap over clusters.
+
+def scales(name: str, items: Sequence[Item]) -> dict[str, tuple[list[str], np.ndarray, float]]:
+    """Numbers of a benchmark's items on each scale that it has, whose mean is the score.
+
+    Returns:
+        scale -> ids of its items, their numbers (items,), and chance: nan where there is none to be above.
+
+    Raises:
+        KeditError: the items are of an older version, without the graded scale.
     """
-    clusters: dict[str, list[tuple[float, float]]] = {}
-    for item in items:
-        clusters.setdefault(item["id"], []).append((item["value"], item["base"]))
-    row = dict.fromkeys(("value", "ci_low", "ci_high", "delta", "delta_low", "delta_high"), math.nan)
-    row |= {"n": len(items), "unparsed": sum(not item.get("parsed", True) for item in items), "status": "ok"}
-    if not items:
-        return row
-    counts = np.array([len(pairs) for pairs in clusters.values()], float)
-    sums = np.array([sum(value for value, _ in pairs) for pairs in clusters.values()])
-    changes = np.array([sum(value - base for value, base in pairs) for pairs in clusters.values()])
-    row["value"] = value = sums.sum() / counts.sum()
-    row["ci_low"], row["ci_high"] = proportion_confint(value * len(counts), len(counts), method="wilson")
-    row["delta"] = changes.sum() / counts.sum()
-    row["delta_low"], row["delta_high"] = bootstrap(
-        (changes, counts), lambda change, count, axis: change.sum(axis) / count.sum(axis)
-    )
-    if chance is not None:
-        base = value - row["delta"]
-        unedited = [pairs[0][1] for pairs in clusters.values()]  # the same in every order, and so counted once
-        if abs(off_chance(unedited, chance)) < FLOOR:
-            row["status"] = "floor"
-        elif base > chance and row["ci_high"] - chance < COLLAPSED * (base - chance):
-            row["status"] = "collapsed"
-    return row
+    about, ids = benchmarks.metadata(name), [item["id"] for item in items]
+    lost = np.array([broken(item) for item in items])
+
+    def numbers(key: str, otherwise: float) -> np.ndarray:
+        try:
+            return np.where(lost, otherwise, [float(item[key]) for item in items])
+        except KeyError as error:
+            raise KeditError(f"items of {name} have no {key}: they are of an older version; run them again.") from error
+
+    chance = about["chance"]
+    if "harmful" in items[0]:
+        positive = np.array([item["harmful"] for item in items])
+        asked, odds = [item["id"] for item in items if item["harmful"]], numbers("log_odds", 0.0)
+        found = {
+            "value": (asked, numbers("refused", 0.0)[positive], chance),
+            "log_odds": (asked, odds[positive], math.nan),
+        }
+    else:
+        found = {"value": (ids, numbers("value", chance), chance)}
+        if "text" not in items[0] or "reference" in about:
+            guess = about.get("graded_chance", chance)
+            found["graded"] = ids, numbers("graded", guess), guess
+        if not about.get("two_way"):
+            return found
+        odds = np.array(
+            [0.0 if gone else item["lp"][1] - item["lp"][0] for gone, item in zip(lost, items, strict=True)]
+        )
+        positive = np.array([item["target"] == 1 for item in items])
+        found["bias"] = ids, commoner(odds), math.nan
+    if 0 < positive.sum() < len(positive):
+        found["discrimination"] = ids, placements(odds, positive), 0.5
+    return found
 
 
-def outcomes(results: Results, names: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, list[Item], list[Item]]]:
+def answers(results: Results, names: Sequence[str]) -> Iterator[tuple[dict[str, Any], str, list[Item], list[Item]]]:
     """What every checkpoint of every trajectory answered: (checkpoint, name, items, the unedited model's items).
 
     Args:
@@ -99,77 +124,157 @@ def outcomes(results: Results, names: Sequence[str]) -> Iterator[tuple[dict[str,
         one stands under each method and order of the grid.
     """
     params = results.params
-    answers = {(c.model, c.method, c.variant, c.order, c.edits, c.benchmark): c.items for c in results.cells}
+    found = {(c.model, c.method, c.variant, c.order, c.edits, c.benchmark): c.items for c in results.cells}
     for model, method, order, count, name in product(params.models, params.methods, params.orders, params.edits, names):
         position = (model, method.method, method.variant, order, count)
         checkpoint = dict(zip([*TRAJECTORY, "edits"], position, strict=True))
-        before = answers[model, None, None, order if name == "edit" else None, 0, name]
-        yield checkpoint, name, answers[*position, name] if count else before, before
+        before = found[model, None, None, order if name == "edit" else None, 0, name]
+        yield checkpoint, name, found[*position, name] if count else before, before
 
 
-def scored(results: Results) -> Iterator[dict[str, Any]]:
-    """Every cell split by metric, each item beside what the unedited model did on it.
+def asked(results: Results) -> list[str]:
+    """Benchmarks of a run, and refusals where they were measured."""
+    return [*results.params.benchmarks, *(name for name in results.params.measures if name == "refusal")]
 
-    Yields:
-        one record a checkpoint, benchmark and metric, with ``chance`` and ``items``.
+
+# The table -----------------------------------------------------------------------------------------
+
+
+def summarise(items: Sequence[Item], chance: float = math.nan) -> dict[str, Any]:
+    """Score of some items, each with ``id``, ``value`` and ``base`` (the unedited model's value).
+
+    Items of one id (paraphrases of one request) form a cluster. The interval of a score of nothing but 0 and 1 is
+    Wilson's with as many trials as clusters, which stays honest at 0 and 1; all others, the paired difference's among
+    them, are t intervals over clusters; where no item changed, the difference's is the exact bound (``unseen``).
     """
-    for checkpoint, benchmark, after, before in outcomes(results, ["edit", *results.params.benchmarks]):
-        if benchmark == "edit":
-            metrics, chance = success.outcomes(after, before), None
-        else:
-            about = benchmarks.metadata(benchmark)
-            items = [{**item, "base": base["value"]} for item, base in zip(after, before, strict=True)]
-            metrics, chance = {about["metric"]: items}, about["chance"]
-        for metric, items in metrics.items():
-            yield {**checkpoint, "benchmark": benchmark, "metric": metric, "chance": chance, "items": items}
-
-
-def _row(record: dict[str, Any]) -> dict[str, Any]:
-    items = record.pop("items")
-    row = {**record, **summarise(items, record["chance"])}
-    if record["chance"] is not None and any("lp" in item and not item["parsed"] for item in items):
-        row["status"] = "failed"  # log-likelihoods that are not finite: the model is broken, its score is not one
+    row = dict.fromkeys(("value", "ci_low", "ci_high", "delta", "delta_low", "delta_high"), math.nan)
+    row |= {"n": len(items), "unparsed": sum(not item.get("parsed", True) for item in items), "status": "ok"}
+    if not items:
+        return row
+    _, cluster = np.unique([item["id"] for item in items], return_inverse=True)
+    value, base = (np.array([item[key] for item in items], float) for key in ("value", "base"))
+    counts = np.bincount(cluster)
+    half = {}
+    for key, numbers in (("value", value), ("delta", value - base)):
+        row[key] = mean = float(numbers.mean())
+        spread = np.bincount(cluster, numbers - mean)  # of a ratio, to first order
+        error = math.sqrt((spread**2).sum() * len(counts) / max(len(counts) - 1, 1)) / len(items)
+        half[key] = stats.t.ppf(1 - LEVEL / 2, len(counts) - 1) * error if len(counts) > 1 else math.nan
+    if (value == base).all():
+        half["delta"] = unseen(len(counts))
+    row["ci_low"], row["ci_high"] = row["value"] - half["value"], row["value"] + half["value"]
+    if set(value) <= {0.0, 1.0}:
+        row["ci_low"], row["ci_high"] = proportion_confint(row["value"] * len(counts), len(counts), method="wilson")
+    row["delta_low"], row["delta_high"] = row["delta"] - half["delta"], row["delta"] + half["delta"]
+    if not math.isnan(chance):
+        if at_floor(base, chance):
+            row["status"] = "floor"
+        elif row["ci_high"] - chance < COLLAPSED * (base.mean() - chance):
+            row["status"] = "collapsed"
     return row
 
 
+def _cells(results: Results) -> Iterator[tuple[dict[str, Any], list[Item]]]:
+    """Every cell by metric: what it is, with ``chance`` and whether it ``failed``, and its items beside their base."""
+    for checkpoint, name, after, before in answers(results, ["edit", *asked(results)]):
+        about: dict[str, Any] = {**checkpoint, "benchmark": name, "chance": math.nan, "failed": False}
+        if name == "edit":
+            for metric, items in success.outcomes(after, before).items():
+                yield about | {"metric": metric}, items
+            continue
+        was, about["failed"] = scales(name, before), any(broken(item) for item in after)
+        metric = "refused" if name == "refusal" else benchmarks.metadata(name)["metric"]
+        parsed = {item["id"]: item.get("parsed", True) for item in after}
+        for scale, (ids, numbers, chance) in scales(name, after).items():
+            rows = zip(ids, numbers, was[scale][1], strict=True)
+            items = [Item(id=place, value=value, base=base, parsed=parsed[place]) for place, value, base in rows]
+            yield about | {"metric": metric if scale == "value" else scale, "chance": chance}, items
+
+
+def _row(about: dict[str, Any], items: Sequence[Item]) -> dict[str, Any]:
+    row = about | summarise(items, about["chance"])
+    return row | {"status": "failed"} if about["failed"] else row
+
+
 def table(results: Results) -> pd.DataFrame:
-    """The tidy table: one row a checkpoint, benchmark and metric, for each order."""
-    params = results.params
-    run = {"rq": params.rq, "params": params.name, "edit_set": params.edit_set_name}
-    return pd.DataFrame([run | _row(record) for record in scored(results)], columns=COLUMNS)
+    """The tidy table: one row a checkpoint, benchmark and metric, for each order.
+
+    The metric ``value`` goes by the name that the benchmark gives it (``acc``, ``exact_match``; ``refused``).
+    """
+    run = {"rq": results.params.rq, "params": results.params.name, "edit_set": results.params.edit_set_name}
+    return pd.DataFrame([run | _row(about, items) for about, items in _cells(results)], columns=COLUMNS)
 
 
 def curves(results: Results) -> pd.DataFrame:
-    """The same with the orders pooled: an item in several orders is one cluster."""
-    pooled: dict[tuple, dict[str, Any]] = {}
-    for record in scored(results):
-        items = record.pop("items")
-        del record["order"]
-        pooled.setdefault(tuple(record.values()), {**record, "items": []})["items"] += items
-    return pd.DataFrame([_row(record) for record in pooled.values()])
+    """The same with the orders pooled: an item in several orders is one cluster, and intervals cover items only."""
+    pooled: dict[tuple, tuple[dict[str, Any], list[Item]]] = {}
+    for about, items in _cells(results):
+        key = tuple(about[name] for name in (*LINE, "edits", "benchmark", "metric"))
+        first, some = pooled.setdefault(key, (about, []))
+        first["failed"] |= about["failed"]
+        some.extend(items)
+    return pd.DataFrame([_row(about, items) for about, items in pooled.values()]).drop(columns=["order", "failed"])
+
+
+# Did the edits happen? -----------------------------------------------------------------------------
+
+
+def editing(rows: pd.DataFrame) -> pd.DataFrame:
+    """Which methods edit, at each checkpoint: reliability over all edits so far, mean over orders, against a threshold.
+
+    The threshold is half-way between the control's reliability (without a control: the unedited model's) and 1.
+
+    Args:
+        rows: of ``table``.
+
+    Returns:
+        a row a model, method, variant and checkpoint with edits; columns ``reliability``, ``threshold``, ``editing``.
+    """
+    rows = rows[(rows.metric == "reliability") & (rows.edits > 0)]
+    control = rows[~rows.method.map(lambda method: kind_of(method).edits)].groupby(["model", "edits"]).value.mean()
+    rows = rows.assign(reliability=rows.value, unedited=rows.value - rows.delta)
+    found = rows.groupby([*LINE, "edits"], sort=False)[["reliability", "unedited"]].mean().reset_index()
+    without = [control.get((row.model, row.edits), row.unedited) for row in found.itertuples()]
+    found["threshold"] = (1 + np.array(without)) / 2
+    return found.assign(editing=found.reliability >= found.threshold).drop(columns="unedited")
+
+
+def _aged(results: Results) -> Iterator[tuple[tuple, int, Item]]:
+    """(model, method and variant; edits made since; item) of every edit asked about at every checkpoint."""
+    number = {(e.model, e.method, e.variant, e.order, e.request): e.number for e in results.edits}
+    for at, _, after, before in answers(results, ["edit"]):
+        if at["edits"] and kind_of(at["method"]).edits:
+            *line, order = (at[name] for name in TRAJECTORY)
+            for item in success.outcomes(after, before)["reliability"]:
+                yield tuple(line), at["edits"], at["edits"] - number[*line, order, item["id"]], item
 
 
 def retention(results: Results) -> pd.DataFrame:
     """Is an edit still there after n more? Reliability by age, the number of edits made since.
 
     Every checkpoint asks about all edits so far, so edit k is seen at age n - k at checkpoint n; an
-    edit seen at several ages of one bin is one cluster. Columns: method, after (the bin), value,
+    edit seen at several ages of one bin is one cluster. Columns: model, method, variant, after (the bin), value,
     ci_low, ci_high, n.
     """
-    number = {(e.model, e.method, e.variant, e.order, e.request): e.number for e in results.edits}
-    ages: dict[str, dict[int, list[Item]]] = {}
-    for record in scored(results):
-        if record["metric"] == "reliability" and record["edits"] and kind_of(record["method"]).edits:
-            trajectory = tuple(record[name] for name in TRAJECTORY)
-            bins = ages.setdefault(record["method"], {})
-            for item in record["items"]:
-                age = record["edits"] - number[*trajectory, item["id"]]
-                bins.setdefault(max(edge for edge in AGES if edge <= age), []).append(item)
     names = {edge: str(edge) if end == edge + 1 else f"{edge}-{end - 1}" for edge, end in pairwise(AGES)}
-    rows = [
-        {"method": method, "after": name, **summarise(bins[edge])}
-        for method, bins in ages.items()
-        for edge, name in names.items()
-        if edge in bins
-    ]
-    return pd.DataFrame(rows, columns=["method", "after", "value", "ci_low", "ci_high", "n"])
+    bins: dict[tuple, list[Item]] = {}
+    for line, _, age, item in _aged(results):
+        bins.setdefault((*line, max(edge for edge in AGES if edge <= age)), []).append(item)
+    rows = [(*key[:-1], names[key[-1]], summarise(bins[key])) for key in sorted(bins, key=lambda key: key[-1])]
+    columns = ["value", "ci_low", "ci_high", "n"]
+    frame = pd.DataFrame([[*place, *(row[name] for name in columns)] for *place, row in rows])
+    return frame.set_axis([*LINE, "after", *columns], axis=1)
+
+
+def tenths(results: Results) -> pd.DataFrame:
+    """Reliability at the last checkpoint of the first and of the last tenth of the edits made, beside that of all.
+
+    Columns: model, method, variant, edits, first, last, all.
+    """
+    count, parts = results.params.edits[-1], {}
+    for line, edits, age, item in _aged(results):
+        if edits == count:
+            where = [True, age >= count - max(count // 10, 1), age < max(count // 10, 1)]
+            parts.setdefault(line, []).append([item["value"] if here else math.nan for here in where])
+    rows = [(*line, count, *np.nanmean(values, axis=0)) for line, values in parts.items()]
+    return pd.DataFrame(rows, columns=[*LINE, "edits", "all", "first", "last"])

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from kedit.analysis.inference import Ability, by_aspect, effects, kept
-from kedit.analysis.scores import off_chance, shown
+from kedit.analysis.inference import Ability, aspects, effects
+from kedit.analysis.scores import LINE, off_chance, shown
 from kedit.editors import kind_of
 from kedit.study.results import Results
 
@@ -49,42 +49,10 @@ def success_by_model(curves: pd.DataFrame) -> pd.DataFrame:
     return _pivot(rows, ["method", "model"], "metric", _shown(rows))
 
 
-def ability_table(curves: pd.DataFrame) -> pd.DataFrame:
-    """Benchmark scores of the unedited model and the change at the last checkpoint."""
-    rows = curves[curves.benchmark != "edit"]
-    base = rows[rows.edits == 0].drop_duplicates("benchmark").set_index("benchmark")
-    last = rows[rows.edits == rows.edits.max()]
-    table = _pivot(last, "benchmark", "method", _shown(last, "delta", "delta", "+")).reindex(base.index)
-    table.insert(0, "unedited", _shown(base))
-    table.insert(1, "chance", base.chance.map("{:.2f}".format))
-    table.insert(2, "off the floor", base.status.map(lambda status: "no" if status == "floor" else "yes"))
-    return table
-
-
-def verdict(curves: pd.DataFrame) -> str:
-    """One sentence a method, from the scores: which abilities changed, and whether the edits took."""
-    last = curves[curves.edits == curves.edits.max()]
-    lines = []
-    for method, rows in last.groupby("method", sort=False):
-        success = rows[rows.benchmark == "edit"].set_index("metric").value
-        ability = rows[(rows.benchmark != "edit") & (rows.status != "floor")]
-        down, up = ability[ability.delta_high < 0].benchmark, ability[ability.delta_low > 0].benchmark
-        collapsed = (ability.status == "collapsed").sum()
-        lines.append(
-            f"{_label(method)}, {rows.edits.iloc[0]} edits: reliability {success['reliability']:.2f}, "
-            f"locality {success['locality']:.2f}; of {len(ability)} abilities off the floor {len(down)} fell"
-            + (f" ({', '.join(down)})" if len(down) else "")
-            + (f", {collapsed} of them collapsed" if collapsed else "")
-            + (f", {len(up)} rose ({', '.join(up)})" if len(up) else "")
-            + " (95% intervals of the paired difference exclude 0, not corrected for the number of panels)."
-        )
-    return "\n".join(lines)
-
-
 def floor_table(abilities: Sequence[Ability]) -> pd.DataFrame:
     """Unedited scores by benchmark and model, with their distance from chance in standard errors."""
     rows: dict[str, dict[str, str]] = {}
-    for ability in abilities:
+    for ability in (a for a in abilities if a.scale == "value"):
         distance = off_chance(ability.base, ability.chance)
         rows.setdefault(ability.benchmark, {"chance": f"{ability.chance:.2f}"})[ability.model] = (
             f"{ability.base.mean():.2f} ({distance:+.0f})" + " floor" * ability.floor
@@ -115,68 +83,48 @@ def journal_table(results: Results) -> pd.DataFrame:
 
 
 def effects_table(abilities: Sequence[Ability]) -> pd.DataFrame:
-    """What became of each ability at the last checkpoint (``inference.effects``)."""
-
+    """What became of each ability at the last checkpoint (``inference.effects``): share kept and state by scale."""
     rows = effects(abilities)
-    off = rows.effect != "floor"
-    table = rows[["model", "method", "benchmark"]].assign(method=rows.method.map(_label))
-    table["unedited"] = rows.base.map("{:.2f}".format)
-    table[f"after {rows.edits.iloc[0]}"] = rows.score.map("{:.2f}".format)
-    table["share kept"] = rows.kept.map(str).where(off, "-")
-    table["p (Holm)"] = rows.p_holm.map(_p)
-    table["effect"] = rows.effect
-    table["collapse"] = rows.collapse.map(_collapse).where(off, "-")
-    table = table.set_index(["model", "method", "benchmark"])
-    return table if rows.model.nunique() > 1 else table.droplevel("model")
-
-
-def _collapse(counts: Sequence[float]) -> str:
-    point, low, high = ("never" if math.isinf(count) else f"{count:.0f}" for count in counts)
-    return f"{point} [{low}, {high}]"
+    text = rows.kept.map(str).where(rows.state != "floor", "-") + " " + rows.state
+    table = rows.assign(text=text).pivot(index=[*LINE, "benchmark"], columns="scale", values="text").fillna("-")
+    return table.reindex(pd.MultiIndex.from_frame(rows[[*LINE, "benchmark"]].drop_duplicates()))
 
 
 def contrast_table(contrast: pd.DataFrame) -> pd.DataFrame:
-    """``inference.contrast``, model ``one`` being the base and ``other`` the tuned one."""
-    table = contrast[["method", "benchmark"]].assign(method=contrast.method.map(_label))
-    for title, column in (("base", "one"), ("tuned", "other"), ("difference", "difference")):
-        table[title] = contrast[column].map(str)
+    """``inference.contrast``."""
+    table = contrast[["label", "scale", "benchmarks", "orders"]].copy()
+    for column in ("base", "tuned", "difference"):
+        table[column] = contrast[column].map(str)
     table["p (Holm)"] = contrast.p_holm.map(_p)
-    return table.set_index(["method", "benchmark"])
+    return table.set_index(["label", "scale"])
 
 
 def trend_table(trend: pd.DataFrame) -> pd.DataFrame:
-    """``inference.trend``: share kept by each size, and the slope a tenfold size."""
+    """``inference.trend``: share kept and reliability by model, and the slope a tenfold size."""
     rows = [
-        {"method": _label(row.method)}
-        | {model: str(estimate) for model, estimate in row.kept.items()}
-        | {"slope": str(row.slope or "-"), "p": _p(row.p), "benchmarks": row.benchmarks}
+        {"method": row.label, "scale": row.scale}
+        | {model: f"{each} (reliability {row.reliability[model]:.2f})" for model, each in row.kept.items()}
+        | {"slope": str(row.slope), "p (Holm)": _p(row.p_holm), "benchmarks": row.benchmarks}
         for row in trend.itertuples()
     ]
-    return pd.DataFrame(rows).set_index("method")
+    return pd.DataFrame(rows)
 
 
 def aspect_table(abilities: Sequence[Ability]) -> pd.DataFrame:
-    """Share kept of each aspect under each method at the last checkpoint."""
-    rows: dict[str, dict[str, str]] = {}
-    for method in dict.fromkeys(ability.method for ability in abilities):
-        aspects = by_aspect([ability for ability in abilities if ability.method == method])
-        rows[_label(method)] = {aspect: str(kept(group)) for aspect, group in aspects.items()}
-    return pd.DataFrame(rows).T
-
-
-def safety_table(measures: pd.DataFrame) -> pd.DataFrame:
-    """``safety.over_edits``: each measure unedited and by method at the last checkpoint."""
-    last = measures[measures.edits == measures.edits.max()]
-    base = measures[measures.edits == 0].drop_duplicates("measure").set_index("measure")
-    table = _pivot(last, "measure", "method", _shown(last)).reindex(last.measure.unique())
-    table.insert(0, "unedited", _shown(base))
-    return table
+    """Share kept of each aspect under each method at the last checkpoint (``inference.aspects``)."""
+    rows = []
+    for label in dict.fromkeys(a.label for a in abilities):
+        each, _ = aspects([a for a in abilities if a.label == label])
+        rows.append(each.assign(method=label, kept=each.kept.map(str)))
+    table = pd.concat(rows)
+    return table.pivot(index=["method", "scale"], columns="aspect", values="kept").fillna("-")
 
 
 def predictors_table(predictors: pd.DataFrame) -> pd.DataFrame:
     """``damage.predictors``."""
     table = pd.DataFrame({"measure": predictors.measure})
     table["rho"] = _shown(predictors, "rho", "rho")
+    table["within methods"] = _shown(predictors, "within", "within")
     table["alarm at"] = predictors.threshold
     table["before"] = [f"{row.before} of {row.collapsed}" for row in predictors.itertuples()]
     table["lead"] = predictors.lead.map(lambda lead: "-" if math.isnan(lead) else f"{lead:.0f}")

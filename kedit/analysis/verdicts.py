@@ -1,24 +1,30 @@
-"""The answer to each question in a sentence, computed from the statistics.
+"""The answer to each question in a sentence with its quantifier, computed from the statistics.
 
-Every function takes what ``inference`` or ``damage`` computed and returns a ``Verdict``: one of *supported*, *not
-supported*, *inconclusive* about what the study said, and the sentence with the numbers it rests on.
+A claim is about every method that edits, and must hold on both scales: it is *supported* or *not supported* only if
+all of them say so, *mixed* with the lists otherwise, and *undecided* where nothing was found, with the effect that can
+be excluded. With fewer than ``FEW`` orders nothing is said of a method: one order is about these edits, more are a
+hint.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import pandas as pd
 
 from kedit.analysis import inference
-from kedit.analysis.inference import LEVEL, MARGIN, Ability, Estimate, by_aspect, holm
-from kedit.analysis.scores import shown
-from kedit.editors import kind_of
+from kedit.analysis.inference import FEW, MARGIN, SCALES, Ability, Estimate
+from kedit.analysis.scores import LEVEL, shown
+from kedit.evaluation import benchmarks
+
+NAMES = {"value": "right or wrong", "graded": "graded", "log_odds": "log-odds"}
+NAMES |= {"discrimination": "area under the ROC curve", "bias": "share of the commoner answer"}
+RELIABLE = 0.9
+"""Where a model takes in a smaller share of the edits, damage and success cannot be told apart."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``word`` is supported, not supported or inconclusive; ``claim`` is the study's, in our words."""
+    """``word`` is supported, not supported, mixed or undecided; ``claim`` is the study's, in our words."""
 
     claim: str
     word: str
@@ -28,153 +34,240 @@ class Verdict:
         return f"{self.claim}: {self.word.upper()}. {self.because}"
 
 
-def _word(supported: bool, not_supported: bool) -> str:
-    return "supported" if supported else "not supported" if not_supported else "inconclusive"
+Found = Mapping[str, Mapping[str, str]]
+"""Scale -> what a sentence is about (mostly methods, as printed) -> yes, no or open."""
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
+def _judge(
+    claim: str, found: Found, orders: int, words: tuple[str, str], because: str, counter: bool = False
+) -> Verdict:
+    """The verdict from what each scale says of each method.
+
+    Args:
+        words: what yes and no are called in the lists.
+        counter: whether one no refutes the claim.
+    """
+    lists: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for said in found.values() for name in said):
+        said = {scale: answers[name] for scale, answers in found.items() if name in answers}
+        if len(set(said.values())) == 1:
+            lists.setdefault(next(iter(said.values())), []).append(name)
+            continue
+        called = {"yes": words[0], "no": words[1], "open": "undecided"}
+        parts = ", ".join(f"{called[answer]} on the {NAMES[scale]} scale" for scale, answer in said.items())
+        lists.setdefault("apart", []).append(f"{name} ({parts})")
+    word = "undecided"
+    if set(lists) == {"yes"}:
+        word = "supported"
+    elif set(lists) == {"no"} or (counter and "no" in lists):
+        word = "not supported"
+    elif "yes" in lists or "apart" in lists:
+        word = "mixed"
+    titles = {"yes": words[0], "no": words[1], "open": "undecided", "apart": "on one scale only"}
+    text = "; ".join(f"{titles[key]}: {', '.join(lists[key])}" for key in titles if key in lists)
+    text = f"{text[:1].upper()}{text[1:]}. {because}" if text else because
+    if orders < FEW:
+        hint = "This holds for these edits only, whose order is one" if orders == 1 else f"{orders} orders are a hint"
+        text = f"{hint}; a verdict takes {FEW} orders. By them alone it would be {word}. {text}"
+        word = "undecided"
+    return Verdict(claim, word, text)
 
 
-def _labels(methods: Iterable[str]) -> str:
-    return _listed(kind_of(method).label for method in methods)
+def _excluded(rows: pd.DataFrame) -> str:
+    """What losses the undecided rows leave possible."""
+    rows = rows[rows.state == "undecided"]
+    if not len(rows):
+        return ""
+    worst = max(1 - kept.interval[0] for kept in rows.kept)
+    return f" Where undecided, losses of up to {worst:.2f} of the ability cannot be excluded."
 
 
-def _each(rows: pd.DataFrame, template: str) -> str:
-    """What is said of each row: ``template`` has fields of the row ``r``, and the ``label`` of its method."""
-    return "; ".join(template.format(r=row, label=kind_of(row.method).label) for row in rows.itertuples())
+def _outside(abilities: Sequence[Ability]) -> str:
+    names = dict.fromkeys(f"{a.label} ({a.reliability[-1]:.2f})" for a in abilities if not a.editing[-1])
+    return f" Outside the verdict, not having kept their edits (reliability): {', '.join(names)}." if names else ""
+
+
+def _name(row: pd.Series, several: bool) -> str:
+    return f"{row.label} on {row.model}" if several else row.label
+
+
+def _by_scale(rows: pd.DataFrame, answer: Callable[[pd.DataFrame], str]) -> Found:
+    """What ``answer`` says of each method's rows, on each scale."""
+    several = rows.model.nunique() > 1
+    named = rows.assign(name=[_name(row, several) for _, row in rows.iterrows()])
+    groups = named.groupby(["scale", "name"], sort=False)
+    found: dict[str, dict[str, str]] = {}
+    for (scale, name), some in groups:
+        found.setdefault(scale, {})[name] = answer(some)
+    return found
+
+
+def _lost(rows: pd.DataFrame) -> str:
+    """Whether something was lost, or everything kept."""
+    return "yes" if (rows.state == "lost").any() else "no" if rows.state.isin(["kept", "rose"]).all() else "open"
 
 
 def number_of_edits(abilities: Sequence[Ability]) -> Verdict:
-    """RQ1: do sequential edits damage general abilities?
-
-    Supported if at the last checkpoint an ability fell under some method, and the claim then says whether others
-    kept everything; not supported if nothing fell and some method kept all its abilities equal; else inconclusive.
-    """
-    effects = inference.effects(abilities)
-    groups = dict(iter(effects[effects.effect != "floor"].groupby("method", sort=False)))
-    lost = {method: rows[rows.effect == "fell"] for method, rows in groups.items()}
-    fell = [method for method in groups if len(lost[method])]
-    equal = [method for method, rows in groups.items() if (rows.effect == "equal").all()]
-    unclear = [method for method in groups if method not in [*fell, *equal]]
-    losses = []
-    for method in fell:
-        worst = min(lost[method].itertuples(), key=lambda row: row.kept.value)
-        losses.append(
-            f"{kind_of(method).label} lost {len(lost[method])} of {len(groups[method])} abilities, "
-            f"most of {worst.benchmark}, of which it kept {worst.kept}"
-        )
-    claim = f"Sequential edits damage general abilities ({effects.edits.max()} edits)"
-    if fell and equal:
-        claim += ", by some methods and not by others"
-    because = (
-        f"Something fell (Holm-corrected over benchmarks) under {_labels(fell)}; everything stayed within "
-        f"{MARGIN:.2f} under {_labels(equal)}; neither can be said of {_labels(unclear)}."
+    """RQ1: does every method that edits cost some general ability? Holm over methods, abilities and scales."""
+    claim = f"Sequential edits damage general abilities, by every method that edits ({abilities[0].edits[-1]} edits)"
+    some = inference.general(abilities)
+    if not some:
+        return Verdict(claim, "undecided", f"No method edits and has an ability to lose.{_outside(abilities)}")
+    rows = inference.effects(some)
+    lost = rows[rows.state == "lost"]
+    losses = "; ".join(f"{r.label} keeps {r.kept} of {r.benchmark} ({NAMES[r.scale]})" for r in lost.itertuples())
+    because = f"Share kept: {losses}." if losses else f"No loss is significant (Holm over {len(rows)} tests)."
+    because += _excluded(rows) + _outside(abilities)
+    return _judge(
+        claim, _by_scale(rows, _lost), rows.orders.min(), ("lost some ability", "kept every ability"), because
     )
-    if losses:
-        because += f" {'; '.join(losses)}."
-    return Verdict(claim, _word(bool(fell), bool(equal)), because)
 
 
-def _direction(claim: str, estimates: Sequence[Estimate], because: str) -> Verdict:
-    """Supported if some estimate is above 0 and none below (Holm over them), not supported if one is below."""
-    moved = [e.value for e, p in zip(estimates, holm([e.p for e in estimates]), strict=True) if p < LEVEL]
-    down = any(value < 0 for value in moved)
-    return Verdict(claim, _word(bool(moved) and not down, down), because)
+def _more(rows: pd.DataFrame, column: str) -> Found:
+    """Whether each row's estimate is above 0 (Holm), or below, or equal within the margin."""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows.itertuples():
+        estimate: Estimate = getattr(row, column)
+        moved = row.p_holm < LEVEL and not estimate.equal()
+        answer = ("yes" if estimate.value > 0 else "no") if moved else "no" if estimate.equal() else "open"
+        found.setdefault(row.scale, {})[row.label] = answer
+    return found
 
 
-def instruction_tuning(abilities: Sequence[Ability], base: str, tuned: str) -> Verdict:
-    """RQ2: do instruction-tuned models lose their abilities more slowly?
-
-    From the difference in the share kept, mean over checkpoints, all benchmarks pooled, per method; Holm over methods.
-    """
-    claim = f"The instruction-tuned model declines more slowly ({tuned} against {base})"
-    table = inference.contrast(abilities, base, tuned)
-    if not len(table):
-        return Verdict(claim, "inconclusive", "No benchmark is off the floor for both models.")
-    pooled = table[table.benchmark == "all"]
-    kept = _each(pooled, "{label}: kept {r.one} against {r.other}, difference {r.difference}")
-    because = f"Mean share kept over checkpoints and benchmarks, base against tuned: {kept}."
-    return _direction(claim, pooled.difference, because)
+def instruction_tuning(abilities: Sequence[Ability], twins: Sequence[tuple[str, str]]) -> Verdict:
+    """RQ2: do tuned models keep more than their bases? Over orders and pairs of twins; Holm over methods and scales."""
+    claim = "The instruction-tuned model declines more slowly, under every method that edits"
+    rows = inference.contrast(abilities, twins)
+    if not len(rows):
+        return Verdict(claim, "undecided", "No method edits both models and has an ability off the floor of both.")
+    each = "; ".join(
+        f"{r.label} ({NAMES[r.scale]}): base {r.base}, tuned {r.tuned}, difference {r.difference}"
+        + ", equal within the margin" * r.difference.equal()
+        for r in rows.itertuples()
+    )
+    because = f"Share kept, mean over {len(twins)} pairs of models and their abilities: {each}.{_outside(abilities)}"
+    words = ("more slowly", f"not more slowly, by {MARGIN:.2f} of the ability")
+    return _judge(claim, _more(rows, "difference"), rows.orders.min(), words, because)
 
 
 def model_scale(abilities: Sequence[Ability], size: Mapping[str, float]) -> Verdict:
-    """RQ3: are larger models more robust?
-
-    From the slope of the share kept, mean over checkpoints, against log10 of the size; Holm over methods.
-    """
-    claim = "Larger models keep more"
-    table = inference.trend(abilities, size)
-    table = table[table.slope.notna()]
-    if not len(table):
-        return Verdict(claim, "inconclusive", "No benchmark is off the floor at every size: nothing can be compared.")
-    slopes = _each(table, "{label}: {r.slope} of the ability per tenfold size, over {r.benchmarks} benchmarks")
-    return _direction(claim, table.slope, f"Slope of the share kept: {slopes}.")
+    """RQ3: do larger models keep more? Models are the unit; Holm over methods and scales."""
+    claim = "Larger models keep more, under every method that edits"
+    rows = inference.trend(abilities, size)
+    if not len(rows):
+        return Verdict(claim, "undecided", "There are not three edited models with an ability off the floor of all.")
+    slopes = "; ".join(f"{r.label} ({NAMES[r.scale]}) {r.slope} over {r.models} models" for r in rows.itertuples())
+    because = f"Change of the share kept per tenfold size: {slopes}."
+    verdict = _judge(
+        claim, _more(rows, "slope"), rows.orders.min(), ("larger keep more", "larger keep no more"), because
+    )
+    least = rows.assign(least=[min(success.values()) for success in rows.reliability]).groupby("label").least.min()
+    if (least < RELIABLE).any():
+        low = ", ".join(f"{label} {value:.2f}" for label, value in least[least < RELIABLE].items())
+        confounded = f"Damage and success are confounded: at some size too few edits took (least reliability: {low}). "
+        return Verdict(claim, "undecided", confounded + verdict.because)
+    return verdict
 
 
 def ability_aspects(abilities: Sequence[Ability]) -> Verdict:
-    """RQ4: does editing affect different abilities to about the same extent?
+    """RQ4: are the aspects of ability affected to about the same extent?
 
-    Over the methods under which something fell; pairs of aspects by TOST with ``MARGIN`` and by difference (Holm).
+    Over the methods that edit and lost an ability of some aspect; pairs of aspects by TOST and by difference (Holm
+    over pairs and scales).
     """
     claim = "Editing affects different abilities to about the same extent"
-    effects = inference.effects(abilities)
-    fell = set(effects[effects.effect == "fell"].method)
-    harmful = [method for method in effects.method.unique() if method in fell]
-    groups = by_aspect([ability for ability in abilities if ability.method in harmful])
-    if len(groups) < 2:
-        return Verdict(claim, "inconclusive", "Under no method did an ability fall: there is no extent to compare.")
-    aspects = {aspect: inference.kept(group) for aspect, group in groups.items()}
-    pairs = {(a, b): aspects[a] - aspects[b] for a, b in combinations(aspects, 2)}
-    corrected = holm([pair.p for pair in pairs.values()])
-    apart = [names for names, p in zip(pairs, corrected, strict=True) if p < LEVEL]
-    equal = [names for names, pair in pairs.items() if pair.within(MARGIN)]
-    because = (
-        f"Share kept, mean over {_labels(harmful)}: "
-        + "; ".join(f"{aspect} {estimate}" for aspect, estimate in aspects.items())
-        + f". Of {len(pairs)} pairs {len(apart)} differ (Holm) and {len(equal)} are equal within {MARGIN:.2f}."
-    )
-    if apart:
-        first, second = max(apart, key=lambda names: abs(pairs[names].value))
-        because += f" Furthest apart: {first} and {second}, by {pairs[first, second]}."
-    return Verdict(claim, _word(not apart and len(equal) == len(pairs), bool(apart)), because)
+    some = inference.general(abilities)
+    rows = inference.effects(some) if some else pd.DataFrame(columns=["state", *inference.LINE, "orders"])
+    harmful = set(rows[rows.state == "lost"][inference.LINE].itertuples(index=False, name=None))
+    each, pairs = inference.aspects([a for a in some if a.line in harmful])
+    if not len(pairs):
+        return Verdict(
+            claim, "undecided", f"Under no method was an ability lost: no extent to compare.{_outside(abilities)}"
+        )
+    found: dict[str, dict[str, str]] = {}
+    for r in pairs.itertuples():
+        equal = r.difference.equal()
+        answer = "yes" if equal else "no" if r.p_holm < LEVEL else "open"
+        found.setdefault(r.scale, {})[f"{r.one}-{r.other}"] = answer
+    labels = dict.fromkeys(a.label for a in some if a.line in harmful)
+    because = f"Share kept, mean over {', '.join(labels)}: "
+    because += "; ".join(f"{r.aspect} {r.kept} ({NAMES[r.scale]})" for r in each.itertuples()) + "."
+    apart = pairs[(pairs.p_holm < LEVEL) & ~pairs.difference.map(Estimate.equal)]
+    if len(apart):
+        far = max(apart.itertuples(), key=lambda r: abs(r.difference.value))
+        because += f" Furthest apart: {far.one} and {far.other}, by {far.difference} ({NAMES[far.scale]})."
+        if set(apart.scale) != set(SCALES) and set(pairs.scale) == set(SCALES):
+            because += " On the other scale no pair differs: part of it may be headroom."
+    return _judge(claim, found, rows.orders.min(), ("alike", "different"), because, counter=True)
 
 
-def safety(abilities: Sequence[Ability]) -> Verdict:
-    """RQ5: do dozens of edits compromise safety? From whatever safety benchmarks were asked."""
-    claim = "Dozens of edits compromise safety"
-    effects = inference.effects(abilities)
-    off = effects[effects.effect != "floor"]
-    floors = [name for name in effects.benchmark.unique() if name not in set(off.benchmark)]
-    because = f"At the floor already when unedited: {_listed(floors)}."
-    if not len(off):
-        return Verdict(claim, "inconclusive", because)
-    fell, equal = off[off.effect == "fell"], off[off.effect == "equal"]
-    if len(fell):
-        p = fell.p_holm.map(lambda p: "below 0.001" if p < 0.001 else f"{p:.3f}")
-        losses = _each(fell.assign(p=p), "{label} on {r.benchmark} {r.base:.2f} to {r.score:.2f} (Holm p {r.p})")
-        because = f"Fell: {losses}. {because}"
-    because = (
-        f"After {off.edits.max()} edits {len(fell)} of {len(off)} scores off the floor fell, {len(equal)} are "
-        f"equal within {MARGIN:.2f}, {len(off) - len(fell) - len(equal)} are neither. {because}"
-    )
-    return Verdict(claim, _word(len(fell) > 0, len(equal) == len(off)), because)
+def _drifts(rows: pd.DataFrame) -> str:
+    return "yes" if rows.state.isin(["lost", "rose"]).any() else "no" if (rows.state == "kept").all() else "open"
+
+
+SAFETY = {
+    "discrimination": (("discrimination",), "Edits cost the power to tell the answers of {} apart", "lost", "kept"),
+    "bias": (("bias",), "Edits move the threshold between the answers of {}", "moved", "unmoved"),
+    "truth": (SCALES, "Edits cost truthfulness ({})", "lost", "kept"),
+    "refusal": (("value", "log_odds"), "Edits make harmful requests refused less ({})", "less", "no less"),
+}
+"""Each its own sentence: scales, claim, and what yes and no are called."""
+
+
+def _sentence(ability: Ability) -> str:
+    """Which sentence an ability of safety belongs to; none for accuracy that a moved threshold would change."""
+    about = benchmarks.metadata(ability.benchmark)
+    if ability.scale in SAFETY:
+        return ability.scale
+    return "" if about.get("two_way") else "refusal" if about.get("openings") else "truth"
+
+
+def safety(abilities: Sequence[Ability]) -> list[Verdict]:
+    """RQ5: a sentence a benchmark and what is asked of it; a drift of the threshold without a loss is called just that.
+
+    Holm over the methods and scales of a sentence.
+    """
+    groups: dict[tuple[str, str], list[Ability]] = {}
+    for a in abilities:
+        if not a.aspect and (key := _sentence(a)):
+            groups.setdefault((a.benchmark, key), []).append(a)
+    lost: dict[str, set[str]] = {}
+    made = []
+    for (benchmark, key), group in sorted(groups.items(), key=lambda each: list(SAFETY).index(each[0][1])):
+        _, text, yes, no = SAFETY[key]
+        claim = f"{text.format(benchmark)}, by every method that edits ({group[0].edits[-1]} edits)"
+        rows = inference.effects(group)
+        rows = rows[~rows.state.isin(["floor", "apart"])]
+        if not len(rows):
+            made.append(Verdict(claim, "undecided", f"Nothing is off the floor and edited.{_outside(group)}"))
+            continue
+        if key == "discrimination":
+            lost[benchmark] = set(rows[rows.state != "kept"].label)
+        what = "Share kept" if group[0].share else "Change"
+        because = f"{what}: " + "; ".join(f"{r.label} {r.kept} ({NAMES[r.scale]})" for r in rows.itertuples()) + "."
+        if key == "bias" and (moved := list(rows[rows.state.isin(["lost", "rose"])].label)):
+            drift = [label for label in moved if label not in lost.get(benchmark, moved)]
+            because += f" A drift of the threshold, not a loss: {', '.join(drift)}." if drift else ""
+        found = _by_scale(rows, _drifts if key == "bias" else _lost)
+        because += ("" if key == "bias" else _excluded(rows)) + _outside(group)
+        made.append(_judge(claim, found, rows.orders.min(), (yes, no), because))
+    return made
 
 
 def structure_damage(predictors: pd.DataFrame) -> Verdict:
-    """Discussion, from ``damage.predictors``: which indicators go with the loss of ability, and which comes first?"""
-    claim = "Damage inside goes with the loss of ability"
-    rising = predictors[predictors.rho_high < 0]
-    if not len(rising):
-        return Verdict(claim, "inconclusive", "No measure's rank correlation with the ability kept excludes 0.")
-    listed = ", ".join(f"{r.measure} ({shown(r.rho, r.rho_low, r.rho_high)})" for r in rising.itertuples())
-    first = rising.sort_values(["before", "rho"], ascending=[False, True], kind="stable").iloc[0]
+    """Discussion, from ``damage.predictors``: which indicators go with the loss of ability, within methods too?"""
+    claim = "Damage inside goes with the loss of ability, within methods too"
+    within = predictors[predictors.within_high < 0]
+    across = predictors[(predictors.rho_high < 0) & ~predictors.measure.isin(within.measure)]
+    listed = ", ".join(f"{r.measure} ({shown(r.within, r.within_low, r.within_high)})" for r in within.itertuples())
+    only = f" Only across methods: {', '.join(across.measure)}." if len(across) else ""
+    if not len(within):
+        return Verdict(claim, "undecided", f"No measure's rank correlation within methods excludes 0.{only}")
+    first = within.sort_values(["before", "within"], ascending=[False, True], kind="stable").iloc[0]
     when = (
         f"earliest is {first.measure}, before {first.before} of {first.collapsed} collapses"
         if first.before
         else f"none gives the alarm at a checkpoint before any of the {first.collapsed} collapses"
     )
-    because = (
-        f"{len(rising)} of {len(predictors)} measures rise as the ability falls (rank correlation): {listed}; {when}."
-    )
-    return Verdict(claim, "supported", because)
+    because = f"{len(within)} of {len(predictors)} measures rise as the ability falls within methods: {listed}; {when}."
+    return Verdict(claim, "supported" if len(within) == len(predictors) else "mixed", because + only)
