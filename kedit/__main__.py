@@ -6,6 +6,7 @@ torch.
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ def _params(args: argparse.Namespace) -> "Params":
         if rq not in QUESTIONS:
             raise unknown("question", rq, QUESTIONS)
         file = Params.find(rq, name or QUESTIONS[rq].default)
+    if file.rq not in QUESTIONS:
+        raise unknown(f"{args.run} stands in no question's folder: question", file.rq, QUESTIONS)
     return changed(file, {key: value for key, value in vars(args).items() if key in ("edits", "limit", "orders")})
 
 
@@ -52,6 +55,8 @@ def _run(args: argparse.Namespace) -> "Params":
     from kedit.study.plan import check
     from kedit.study.run import run
 
+    if args.workers is not None and args.workers < 1:
+        raise KeditError(f"--workers is {args.workers}; it must be a number of processes from 1 up.")
     params = _params(args)
     check(params)
     run(params, args.workers, args.dask)
@@ -67,8 +72,6 @@ def _reproduce(args: argparse.Namespace) -> None:
     from kedit.study.notebook import folder_of
 
     params = _run(args)
-    if params.rq not in QUESTIONS:
-        raise unknown("question", params.rq, QUESTIONS)
     notebook = f"{QUESTIONS[params.rq].notebook}.ipynb"
     folder = folder_of(params, "run")
     try:
@@ -79,7 +82,12 @@ def _reproduce(args: argparse.Namespace) -> None:
             kernel_name="python3",
             cwd=kedit.ROOT / "notebooks",
             progress_bar=False,
-            config=Config({"KernelManager": {"transport": "ipc"}}),  # through files: no port, no loopback needed
+            config=Config(
+                {
+                    "KernelManager": {"transport": "ipc"},  # through files: no port, no loopback needed
+                    "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]},  # a stopped one has no last words
+                }
+            ),
         )
     except (papermill.exceptions.PapermillExecutionError, RuntimeError) as error:  # a cell raised; the kernel died
         reason = getattr(error, "evalue", error)
@@ -222,11 +230,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeditError as error:
         print(f"kedit: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("kedit: interrupted; run the same command again to go on from here.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print("kedit: stopped; run the same command again, it goes on where it was.", file=sys.stderr)
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     return 0
 
 
+def _stop(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

@@ -88,6 +88,8 @@ def _request(raw: Mapping[str, Any], schemas: Sequence[Mapping[str, list[str | i
     fields = {field: reduce(getitem, path, raw) for field, path in schema.items()}
     for field in ("paraphrases", "neighbours", "generation"):
         prompts = fields.get(field, ())
+        if not isinstance(prompts, str | list | tuple):
+            raise TypeError(f"{field} are {prompts!r}; they must be a text or a list of texts")
         fields[field] = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     answer = fields.pop("answer")
     fields["neighbours"] = tuple((prompt, answer) for prompt in fields["neighbours"])
@@ -115,7 +117,7 @@ def _requests(name: str, raws: Iterable[Any], where: str | Path) -> tuple[EditRe
 def _from_file(name: str, path: str | Path) -> tuple[EditRequest, ...]:
     try:
         raws = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise KeditError(f"edit set {path} cannot be read ({reason}); give its JSON file.") from error
     if not isinstance(raws, list):

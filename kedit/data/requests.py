@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from kedit.registry import checked
+
 
 class Unchanged(ValueError):
     """The new object is the old one: there is nothing to edit."""
@@ -24,7 +26,8 @@ class EditRequest:
         id, relation: labels that travel into the results.
 
     Raises:
-        ValueError: not exactly one ``{}``, empty subject or target, or target_new equal to target_true.
+        ValueError: a field of another type, not exactly one ``{}``, an empty subject or target, white space around
+            the subject, or target_new equal to target_true.
     """
 
     prompt: str
@@ -38,11 +41,14 @@ class EditRequest:
     relation: str = field(default="", compare=False)
 
     def __post_init__(self):
+        checked(EditRequest, vars(self))
         if self.prompt.count("{}") != 1:
             raise ValueError(f"prompt {self.prompt!r} must hold {{}}, for {self.subject!r}, exactly once")
         for name in ("subject", "target_new"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} is empty")
+        if self.subject != self.subject.strip():
+            raise ValueError(f"subject {self.subject!r} begins or ends in white space")
         if self.target_new.strip() == self.target_true.strip():
             raise Unchanged(f"target_new equals target_true ({self.target_true!r})")
 

@@ -9,12 +9,15 @@ there before is neither damage nor merit.
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from kedit.data.requests import EditRequest, spaced
 from kedit.evaluation.records import Item
 from kedit.model.lm import LM
 from kedit.model.scoring import Drafts, read
 
+ROOM = 32
+"""Tokens of the model's window that are kept for answers, even for short ones, so that a prompt is always cut alike."""
 METRICS = ("reliability", "generalisation", "locality")
 
 
@@ -34,13 +37,11 @@ def measure(lm: LM, requests: Sequence[EditRequest], guesses: Drafts | None = No
     the ``new`` and the ``true`` object, and the generated ``text``, long enough for either object.
     """
     asked = [(request.id, *question) for request in requests for question in _questions(request)]
-    contexts = [[*lm.begin, *lm.encode(prompt)] for _, _, prompt, _, _ in asked]
-    pairs = [
-        (context, lm.encode(spaced(target, prompt)))
-        for context, (_, _, prompt, *targets) in zip(contexts, asked, strict=True)
-        for target in targets
-    ]
-    longest, newline = max((len(target) for _, target in pairs), default=1), lm.encode("\n")[0]
+    answers = [[lm.encode(spaced(target, prompt)) for target in targets] for _, _, prompt, *targets in asked]
+    longest, newline = max(map(len, chain(*answers)), default=1), lm.encode("\n")[0]
+    room = max(1, lm.window - max(longest + 1, ROOM))  # what does not fit is cut off at the left, as lm-eval does
+    contexts = [[*lm.begin, *lm.encode(prompt)][-room:] for _, _, prompt, _, _ in asked]
+    pairs = [(context, answer) for context, both in zip(contexts, answers, strict=True) for answer in both]
     scores, texts = read(lm, pairs, contexts, longest + 1, lambda _, tokens: tokens[-1] == newline, guesses)
     means = [round(total / len(target), 4) for (total, _), (_, target) in zip(scores, pairs, strict=True)]
     items = []

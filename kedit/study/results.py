@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,16 +77,16 @@ class Results:
         """
         try:
             lines = gzip.decompress((folder / "cells.jsonl.gz").read_bytes()).decode().splitlines()
-            manifest = json.loads((folder / "manifest.json").read_text())
-        except (OSError, EOFError, ValueError) as error:
+            results = cls(params, [], [], json.loads((folder / "manifest.json").read_text(encoding="utf-8")), source)
+            made_from = results.manifest["params_fingerprint"]
+            names = [field.name for field in fields(EditRecord) if field.name != "info"]
+            for line in map(json.loads, lines):
+                if line.pop("type") == "cell":
+                    results.cells.append(Cell(**line))
+                else:  # what is left of the line is the info
+                    results.edits.append(EditRecord(*map(line.pop, names), info=line))
+        except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
             raise KeditError(f"{folder} holds no complete results ({error}); run make {params.rq}.") from error
-        if manifest["params_fingerprint"] != params.fingerprint():
+        if made_from != params.fingerprint():
             raise KeditError(f"{folder} was made from other parameters; run make {params.rq} PARAMS={params.name}.")
-        results = cls(params, [], [], manifest, source)
-        names = [field.name for field in fields(EditRecord) if field.name != "info"]
-        for line in map(json.loads, lines):
-            if line.pop("type") == "cell":
-                results.cells.append(Cell(**line))
-            else:  # what is left of the line is the info
-                results.edits.append(EditRecord(*map(line.pop, names), info=line))
         return results
