@@ -1,6 +1,7 @@
 """MEND: factors against dense gradients, low-rank against dense functional weights, accumulation, resumption."""
 
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -210,7 +211,7 @@ def test_training_lowers_the_loss_and_its_artefact_is_the_same_each_time(llama, 
     some = [mend.draw(llama, mend.bundled("train"), rng) for _ in range(24)]
     network = HyperNetwork(upper.modules, hparams)
     before = mend.objective(upper, network, some, hparams).item()
-    artefact, again = tmp_path / "artefact.safetensors", tmp_path / "again.safetensors"
+    artefact, again = tmp_path / "artefact.tensors", tmp_path / "again.tensors"
     network.load_state_dict(MEND.train(llama, hparams, artefact=artefact))
     assert mend.objective(upper, network, some, hparams).item() < 0.9 * before
 
@@ -219,6 +220,7 @@ def test_training_lowers_the_loss_and_its_artefact_is_the_same_each_time(llama, 
     assert artefact.read_bytes() == again.read_bytes()
     monkeypatch.setattr(training, "committed", lambda method, model: artefact)
     monkeypatch.setattr(MEND, "train", lambda lm, hparams: "trained anew")
+    shutil.rmtree(tmp_path / "empty")
     assert "rates" in MEND.tensors(llama, replace(hparams, accumulate_edits=False))
     assert MEND.tensors(llama, replace(hparams, lr=1.0)) == "trained anew"
 
@@ -226,8 +228,9 @@ def test_training_lowers_the_loss_and_its_artefact_is_the_same_each_time(llama, 
 def test_the_committed_artefacts_are_those_of_the_settings(smollm2):
     for name in ("mend", "serac"):
         kind = kind_of(name)
-        _, identity = training.load(committed(name, smollm2.name))
-        assert identity == kind.identity(smollm2, make_hparams(kind, smollm2.name))
+        _, identity = training.load(committed(name, smollm2.name), name)
+        settings = kind.settings(make_hparams(kind, smollm2.name))
+        assert identity == {"model": smollm2.fingerprint, "settings": settings}
 
 
 def test_a_training_that_diverges_is_one_sentence(llama):

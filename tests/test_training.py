@@ -28,7 +28,7 @@ def test_rates_fall_linearly_and_the_best_validated_state_is_the_result(tmp_path
         clip=0.5,
         validate=lambda: {"loss": next(losses)},
     )
-    result = training.run(Control, Steps, tmp_path / "training.safetensors")
+    result = training.run(Control, Steps, tmp_path / "training", "toy")
 
     c, d = toy()
     optimiser = torch.optim.Adam([{"params": [c], "lr": 0.1}, {"params": [d], "lr": 0.01}])

@@ -326,7 +326,6 @@ class MEND(TrainedEditor):
     style = ("#cc79a7", "v", "-")
     Hparams = Hparams
     edit_hparams = ("accumulate_edits",)
-    names_settings = False
 
     @classmethod
     def training(cls, lm: LM, hparams: Hparams) -> Training:

@@ -102,9 +102,15 @@ class Editor(ABC):
         given = list(contexts) if contexts else "sampled"
         return {"method": cls.name, "hparams": asdict(hparams), "statistics": moments, "contexts": given}
 
+    @classmethod
+    def artefact(cls, model: str, fingerprint: str, hparams: Any) -> dict[str, str]:
+        """What edits depend on besides the recipe: the hash of what was trained, for methods that train; no model."""
+        return {}
+
     def key(self) -> dict[str, Any]:
-        """The recipe of this editor's edits."""
-        return self.recipe(self.hparams, self.statistics.key if self.moments_of else {}, self._contexts_given)
+        """The recipe of this editor's edits, and the hash of what was trained for them."""
+        recipe = self.recipe(self.hparams, self.statistics.key if self.moments_of else {}, self._contexts_given)
+        return recipe | self.artefact(self.lm.name, self.lm.fingerprint, self.hparams)
 
     def apply(self, request: EditRequest) -> Edit:
         """Edit the model in place, on top of whatever edits it already has.
@@ -136,4 +142,4 @@ class Editor(ABC):
 
 def committed(method: str, model: str) -> Path:
     """Where the trained parts of a method for a model lie in the repository, if they do."""
-    return facts.BUNDLED.with_name(f"{method}-{model.rpartition('/')[-1].lower()}.safetensors")
+    return facts.BUNDLED.with_name(f"{method}-{model.rpartition('/')[-1].lower()}.tensors")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ from kedit import KeditError
 from kedit.data.corpus import WIKIPEDIA, corpus, sequences
 from kedit.model.forward import capture, stop_after
 from kedit.model.lm import LM
-from kedit.store import cache_folder, write_atomic
+from kedit.store import cache_folder, claim, read, write
 
 TOKENS = 98_304
 """Of the text that second moments are taken over, unless said otherwise."""
@@ -67,26 +67,33 @@ class SecondMoments:
             digest.update(f"{layer}".encode() + moment.double().numpy().tobytes())
         return {"given": digest.hexdigest()[:16]}
 
-    def _path(self, name: str) -> Path:
+    def _file(self, name: str) -> tuple[Path, str]:
+        """A file of the cache, and its key."""
         text = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(self.text).name)
-        folder = cache_folder() / "moments" / self.lm.fingerprint / f"{text}-{self.key['hash']}-{self.tokens}"
-        return folder / f"{name}.safetensors"
+        place = f"moments/{self.lm.fingerprint}/{text}-{self.key['hash']}-{self.tokens}/{name}"
+        return cache_folder() / place, place
 
     def _load(self, name: str, device: str = "cpu") -> dict[str, Tensor] | None:
-        if self._given or not self._path(name).exists():
+        if self._given or (stored := read(*self._file(name))) is None:
             return None
         # copied, since what lies at odd addresses, as in a file, is multiplied in another order: other last bits
-        return {part: tensor.clone() for part, tensor in load_file(self._path(name), device).items()}
+        return {part: tensor.to(device, copy=True) for part, tensor in load(stored).items()}
 
     def prepare(self, layers: Sequence[int]) -> None:
         """Have the second moments of these layers ready, from disk or by one pass over the text."""
+        if self._missing(layers) and self._given:
+            raise KeditError(f"the statistics given hold no second moment for layer {self._missing(layers)[0]}.")
+        if self._missing(layers):
+            with claim(self._file("all")[0], wait=True):  # somebody else may be at it
+                if missing := self._missing(layers):
+                    self._collect(missing)
+
+    def _missing(self, layers: Sequence[int]) -> list[int]:
+        """Of these layers, those whose second moments are not on disk either."""
         for layer in layers:
             if layer not in self._moments and (stored := self._load(f"{layer}")):
                 self._moments[layer] = stored["moment"]
-        if missing := [layer for layer in layers if layer not in self._moments]:
-            if self._given:
-                raise KeditError(f"the statistics given hold no second moment for layer {missing[0]}.")
-            self._collect(missing)
+        return [layer for layer in layers if layer not in self._moments]
 
     @torch.no_grad()
     def _collect(self, layers: Sequence[int]) -> None:
@@ -105,7 +112,7 @@ class SecondMoments:
                     sums[layer] += (keys.T @ keys).double()
         for layer in layers:
             self._moments[layer] = (sums[layer] / read).float().cpu()
-            write_atomic(self._path(f"{layer}"), save({"moment": self._moments[layer]}))
+            write(*self._file(f"{layer}"), save({"moment": self._moments[layer]}))
 
     def moment(self, layer: int) -> Tensor:
         """C of a layer, (m, m) float64."""
@@ -119,7 +126,7 @@ class SecondMoments:
             computed = compute(self.moment(layer).to(self.lm.device))
             stored = {part: tensor.contiguous() for part, tensor in computed.items()}
             if not self._given:
-                write_atomic(self._path(name), save(stored))
+                write(*self._file(name), save(stored))
         return stored
 
     def solve(self, layer: int, keys: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Training for the editors that need it: one loop, one file format, one way to know what a file was trained for.
 
 MEND's hyper-network and SERAC's parts are trained once for a model and settings. What comes of it is committed
-(``kedit/data/<method>-<model>.safetensors``) or lies in the cache, and names the model and settings it belongs to.
+(``kedit/data/<method>-<model>.tensors``) or lies in the cache, and names the model and settings it belongs to.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from kedit.data import facts
 from kedit.data.requests import spaced
 from kedit.editors.protocol import Editor, committed
 from kedit.model.lm import LM
-from kedit.store import cache_folder, digest, write_atomic
+from kedit.store import cache_folder, read, write
 
 log = logging.getLogger(__name__)
 
@@ -57,18 +56,23 @@ def scored(texts: Sequence[ScoredText]) -> tuple[list[int], list[int], list[int]
 # Files ----------------------------------------------------------------------------------------------
 
 
-def save(path: Path, method: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors, and under the method's name what is to be known of them."""
+def save(path: Path, key: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write tensors, and what is to be known of them, as a derived file (``kedit.store``) that holds safetensors."""
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # one key of metadata: safetensors writes several in any order, and the same training must give the same bytes
-    write_atomic(path, safetensors.torch.save(data, {method: json.dumps(about, sort_keys=True)}))
+    write(path, key, safetensors.torch.save(data, {"about": json.dumps(about, sort_keys=True)}))
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and what is to be known of them."""
-    with safe_open(path, "pt") as file:
-        (about,) = file.metadata().values()
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)  # noqa: SIM118
+def load(path: Path, key: str, remedy: str = "") -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The tensors of a file, and what is to be known of them; None if there is none, or it was damaged.
+
+    Raises:
+        KeditError: it is damaged, and there is a ``remedy``.
+    """
+    if (data := read(path, key, remedy)) is None:
+        return None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return safetensors.torch.load(data), json.loads(header["__metadata__"]["about"])
 
 
 # The loop -------------------------------------------------------------------------------------------
@@ -105,17 +109,19 @@ class Training:
     def __post_init__(self):
         self.optimiser = torch.optim.Adam([{"params": [self.tensors[name]]} for name in self.lr])
 
-    def save(self, checkpoint: Path, method: str) -> None:
+    def save(self, checkpoint: Path, key: str) -> None:
         """Write all that ``load`` needs to go on: parts of tensors, as ``part/name``."""
         adam = {f"adam/{name}": self.optimiser.state[self.tensors[name]] for name in self.lr}
         parts = {"now": self.tensors, "best": self.best, **adam}
         tensors = {f"{part}/{name}": tensor for part, some in parts.items() for name, tensor in some.items()}
-        save(checkpoint, method, tensors, {"step": self.step, "least": self.least})
+        save(checkpoint, key, tensors, {"step": self.step, "least": self.least})
 
     @torch.no_grad()
-    def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint."""
-        tensors, about = load(checkpoint)
+    def load(self, checkpoint: Path, key: str) -> None:
+        """Go on from a checkpoint, if there is one."""
+        if (found := load(checkpoint, key)) is None:
+            return
+        tensors, about = found
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -126,12 +132,13 @@ class Training:
         adam = {index: part(f"adam/{name}/") for index, name in enumerate(self.lr)}
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": adam})
 
-    def run(self, editor: type[Editor], hparams: Any, checkpoint: Path) -> dict[str, Tensor]:
+    def run(self, editor: type[Editor], hparams: Any, checkpoint: Path, key: str) -> dict[str, Tensor]:
         """Train to the last step.
 
         Args:
             editor: whose tensors they are.
             hparams: with ``steps`` and ``seed``.
+            checkpoint, key: where the training is kept, and as what.
 
         Returns:
             the best state, or the last one where nothing is validated.
@@ -149,7 +156,7 @@ class Training:
                 self.step = step + 1
                 if self.step % self.every == 0 or self.step == steps:
                     self.keep_best(editor.label)
-                    self.save(checkpoint, editor.name)
+                    self.save(checkpoint, key)
         result = self.best if self.validate else {name: tensor.detach() for name, tensor in self.tensors.items()}
         if not result or not all(tensor.isfinite().all() for tensor in result.values()):
             raise KeditError(f"training {editor.label} diverged; lower the rates in params/methods/{editor.name}.yaml.")
@@ -185,8 +192,6 @@ class TrainedEditor(Editor):
     trained = True
     edit_hparams: ClassVar[tuple[str, ...]] = ()
     """Hyper-parameters of the edits alone, on which the training does not depend."""
-    names_settings: ClassVar[bool] = True
-    """Whether the hash of the settings holds the method's name; MEND's committed networks are known by one without."""
 
     @classmethod
     def training(cls, lm: LM, hparams: Any) -> Training:
@@ -197,20 +202,19 @@ class TrainedEditor(Editor):
     def settings(cls, hparams: Any) -> str:
         """Hash of what the training depends on besides the model: its hyper-parameters and the bundled facts."""
         values = {name: value for name, value in asdict(hparams).items() if name not in cls.edit_hparams}
-        bundled = facts.BUNDLED.read_bytes()
-        if not cls.names_settings:
-            return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + bundled).hexdigest()[:16]
-        return digest(cls.name, values, hashlib.sha256(bundled).hexdigest())[:16]
+        text = json.dumps([cls.name, values], sort_keys=True).encode()
+        return hashlib.sha256(text + facts.BUNDLED.read_bytes()).hexdigest()[:16]
 
     @classmethod
-    def identity(cls, lm: LM, hparams: Any) -> dict[str, str]:
-        """What trained tensors are known by."""
-        return {"model": lm.fingerprint, "settings": cls.settings(hparams)}
+    def artefact(cls, model: str, fingerprint: str, hparams: Any) -> dict[str, str]:
+        """Hash of the trained tensors that edits depend on; none where nothing was trained yet."""
+        tensors = cls.found(model, fingerprint, hparams)
+        return {"artefact": hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()} if tensors else {}
 
-    @classmethod
-    def recipe(cls, hparams: Any, statistics: Mapping[str, Any], contexts: Sequence[str] | None = None) -> dict:
-        """What edits depend on, the facts trained on included."""
-        return {**super().recipe(hparams, statistics, contexts), "training": cls.settings(hparams)}
+    def key(self) -> dict[str, Any]:
+        """The recipe of this editor's edits; what is not trained yet is trained now, since they depend on it."""
+        self.tensors(self.lm, self.hparams)
+        return super().key()
 
     @classmethod
     @torch.inference_mode(False)
@@ -231,25 +235,42 @@ class TrainedEditor(Editor):
             RuntimeError: the model has edits; training needs the unedited one.
             KeditError: the training diverged.
         """
-        identity = cls.identity(lm, hparams)
-        checkpoint = cache_folder().joinpath(cls.name, *identity.values(), "training.safetensors")
+        identity = {"model": lm.fingerprint, "settings": cls.settings(hparams)}
+        folder, key = cls._cached(*identity.values())
         training = cls.training(lm, hparams)
-        if checkpoint.exists():
-            training.load(checkpoint)
+        training.load(folder / "training", f"{key}/training")
         if lm.journal.edits and training.step < hparams.steps:
             raise RuntimeError(f"{cls.label} is trained on the unedited model; undo the edits first")
-        tensors = training.run(cls, hparams, checkpoint)
-        if artefact:
-            save(artefact, cls.name, tensors, identity)
+        tensors = training.run(cls, hparams, folder / "training", f"{key}/training")
+        for path, name in ((folder / "trained", key), (artefact, cls.name)):
+            if path:
+                save(path, name, tensors, identity)
         return tensors
+
+    @classmethod
+    def _cached(cls, fingerprint: str, settings: str) -> tuple[Path, str]:
+        """Where the cache keeps a training, and as what."""
+        return cache_folder() / cls.name / fingerprint / settings, f"{cls.name}/{fingerprint}/{settings}"
+
+    @classmethod
+    def found(cls, model: str, fingerprint: str, hparams: Any) -> dict[str, Tensor] | None:
+        """The trained tensors for a model and settings: committed, or in the cache; None if they are in neither.
+
+        Raises:
+            KeditError: the committed file is damaged.
+        """
+        path, identity = committed(cls.name, model), {"model": fingerprint, "settings": cls.settings(hparams)}
+        remedy = f"get it again (git checkout), or train it again: python -m kedit train {cls.name} --model {model}"
+        if (artefact := load(path, cls.name, remedy)) and artefact[1] == identity:
+            return artefact[0]
+        folder, key = cls._cached(*identity.values())
+        cached = load(folder / "trained", key)
+        return cached[0] if cached else None
 
     @classmethod
     def tensors(cls, lm: LM, hparams: Any) -> dict[str, Tensor]:
         """The trained tensors for a model and settings: committed, or in the cache, or trained now."""
-        path = committed(cls.name, lm.name)
-        if path.exists():
-            tensors, about = load(path)
-            if about == cls.identity(lm, hparams):
-                return tensors
-            log.warning("%s was trained for another model, other settings or other facts", path)
+        if (found := cls.found(lm.name, lm.fingerprint, hparams)) is not None:
+            return found
+        log.info("%s has not been trained for this model, these settings and facts: it is now", cls.label)
         return cls.train(lm, hparams)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -20,7 +21,7 @@ from kedit import ROOT, KeditError
 from kedit.model.anatomy import Anatomy
 from kedit.model.journal import Journal
 from kedit.model.memory import Memory
-from kedit.store import cache_folder
+from kedit.store import cache_folder, claim, disk, is_whole, seal, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ PICO = ROOT / "kedit" / "pico" / "weights"
 
 # The document separator that GPT-2, Pythia and SmolLM2 were pretrained with.
 SEPARATOR = "<|endoftext|>"
+
+# Of a configuration: what says who saved a model and how, not what it computes.
+ASIDE = ("transformers_version", "architectures", "dtype", "torch_dtype")
 
 
 class LM:
@@ -76,14 +80,19 @@ class LM:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the unedited weights, the vocabulary and the begin token: what results are keyed by."""
+        """Hash of the unedited weights, the configuration, the tokenizer and the begin token: results are keyed by it.
+
+        A model saved and loaded again, under whatever name, has the same.
+        """
         if self.journal.edits:
             raise RuntimeError("the fingerprint must be taken before the first edit")
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        digest.update(json.dumps([sorted(self.tokenizer.get_vocab().items()), self.begin]).encode())
+        config, tokenizer = _of_function(self.model.config.to_dict()), _tokenising(self.tokenizer)
+        about = [type(self.model).__name__, config, tokenizer, self.begin]
+        digest.update(json.dumps(about, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
@@ -93,6 +102,21 @@ class LM:
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembed final hidden states (..., d) -> float32 logits (..., vocabulary)."""
         return self.anatomy.head(hidden).float().to(hidden.device)
+
+
+def _of_function(config: Any) -> Any:
+    """What of a configuration decides what the model computes, the parts of its parts as well."""
+    if not isinstance(config, Mapping):
+        return config
+    kept = {str(key): value for key, value in config.items() if key not in ASIDE and "name_or_path" not in str(key)}
+    return {key: _of_function(value) for key, value in kept.items()}
+
+
+def _tokenising(tokenizer) -> dict[str, Any]:
+    """All that decides what a tokenizer does, but what a call to pad or cut leaves behind."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    beside = ("special_tokens_map", "chat_template", "clean_up_tokenization_spaces", "split_special_tokens")
+    return backend | {name: str(getattr(tokenizer, name)) for name in beside}
 
 
 def begin_token(tokenizer) -> int:
@@ -138,6 +162,8 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
             f"model {name!r} could not be loaded ({reason}); give a hub id you can reach, a local folder "
             f"with safetensors, or one of: {', '.join(WHEELS)}."
         ) from error
+    if not tokenizer.is_fast:
+        raise KeditError(f"model {name!r} has no fast tokenizer (tokenizer.json); save one with transformers.")
     _check_weights(name, model, report)
     if device != "auto":
         model.to(device)
@@ -163,22 +189,34 @@ def _check_weights(name: str, model: PreTrainedModel, report: Mapping[str, Colle
 
 
 def _from_wheel(name: str) -> str:
-    """Folder with the wheel's model as safetensors, made on first use; without the wheel, the model's hub id."""
+    """Folder with the wheel's model as safetensors, made on first use; without the wheel, the model's hub id.
+
+    Raises:
+        KeditError: the disk refuses it.
+    """
     module, hub_id = WHEELS[name]
     folder = cache_folder() / "models" / name
-    if folder.is_dir():
+    if folder.is_dir() and is_whole(folder, name):
         return str(folder)
     spec = importlib.util.find_spec(module)  # found, not imported: its own dependencies are not needed
     ggufs = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not ggufs:
         log.info("the wheel with %s is not installed; using %s from the hub", name, hub_id)
         return hub_id
-    log.info("converting %s to safetensors, once (about half a minute)", ggufs[0].name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        converted = Path(temporary) / name
-        convert_gguf(ggufs[0], converted)
-        converted.replace(folder)
+    with claim(folder, wait=True), disk(folder):
+        if folder.is_dir() and is_whole(folder, name):  # made by somebody else meanwhile
+            return str(folder)
+        if folder.is_dir():
+            set_aside(folder)
+        log.info("converting %s to safetensors, once (about half a minute)", ggufs[0].name)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            converted = Path(temporary) / name
+            try:
+                convert_gguf(ggufs[0], converted)
+            except SafetensorError as error:  # its writer tells of a full disk in words of its own
+                raise OSError(str(error)) from error
+            seal(converted, name)
+            converted.replace(folder)
     return str(folder)
 
 

@@ -1,5 +1,6 @@
 """What a run covers: a parameter file, checked."""
 
+import hashlib
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -187,8 +188,10 @@ class Params(_Mapping):
         return self.edit_set.name
 
     def fingerprint(self) -> str:
-        """Hash of the grid, the hyper-parameters that stand in params/methods included."""
-        return digest(self.model_dump(), self.hparams())[:16]
+        """Hash of the grid, the hyper-parameters that stand in params/methods, and the files that it names."""
+        paths = [Path(path) for path in (self.edit_set.path, self.statistics.text) if path]
+        named = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
+        return digest(self.model_dump(), self.hparams(), named)[:16]
 
     def hparams(self) -> dict[str, dict[str, Any]]:
         """Every method's hyper-parameters on every model, as they stand.

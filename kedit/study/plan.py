@@ -192,7 +192,7 @@ def stored(params: Params, model: str, fingerprint: str, store: Store) -> tuple[
     for position, (_, kind, hparams) in enumerate(_editors(params, model)):
         needed = kind.moments_at(hparams)
         moments = key_of(model, fingerprint, params.statistics.text, params.statistics.tokens) if needed else {}
-        recipe = kind.recipe(hparams, moments)
+        recipe = kind.recipe(hparams, moments) | kind.artefact(model, fingerprint, hparams)
         for order in params.orders:
             states[Line(position, order)] = states_of(fingerprint, recipe, params.requests(order))
     at_hand = [name for name in params.benchmarks if not benchmarks.sources(name)]

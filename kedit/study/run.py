@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kedit.editors.second_moments import key_of
 from kedit.evaluation import BENCHMARKS, MEASURES, benchmarks
 from kedit.model.journal import Edit
 from kedit.store import Store, digest
@@ -79,7 +80,9 @@ class Unit:
 
 def units(params: Params, model: str, states: Mapping[Line, list[str]]) -> list[Unit]:
     """Everything a run must have of one model, in the order of the results: cells and edits by trajectory."""
-    wanted = []
+    wanted, text = [], {}
+    if "structure" in params.measures:  # read once, it may be long
+        text = key_of(model, "", **params.statistics.model_dump())
     for order, (position, method) in product(params.orders, enumerate(params.methods)):
         line, requests = Line(position, order), [request.key() for request in params.requests(order)]
         where = {"model": model, "method": method.method, "variant": method.variant, "order": order}
@@ -91,19 +94,25 @@ def units(params: Params, model: str, states: Mapping[Line, list[str]]) -> list[
                     continue
                 at |= {"method": None, "variant": None, "order": order if ordered else None}
             key, unedited = (
-                _cell_key(params, benchmark, states[line][edits], requests[: edits or None]) for edits in (count, 0)
+                _cell_key(params, benchmark, states[line][edits], requests[: edits or None], text)
+                for edits in (count, 0)
             )
             wanted.append(Unit(key, at, line, count, unedited))
         wanted += [Unit(state, where, line, number) for number, state in enumerate(states[line]) if number]
     return wanted
 
 
-def _cell_key(params: Params, benchmark: str, state: str, requests: Sequence) -> str:
-    """Hash of all that a cell depends on; ``requests`` are the keys of what edit success asks about."""
+def _cell_key(params: Params, benchmark: str, state: str, requests: Sequence, text: Mapping[str, Any]) -> str:
+    """Hash of all that a cell depends on.
+
+    Args:
+        requests: the keys of what edit success asks about.
+        text: the key of what ``structure`` reads.
+    """
     if benchmark == "edit":
         return digest("cell", state, "edit", requests)
     if benchmark == "structure":
-        return digest("cell", state, benchmark, MEASURES[benchmark], params.statistics.model_dump())
+        return digest("cell", state, benchmark, MEASURES[benchmark], text)
     about, limit = (MEASURES[benchmark], None) if benchmark in MEASURES else (BENCHMARKS, params.limit)
     return digest("cell", state, benchmark, about, benchmarks.fingerprint(benchmark), limit)
 

@@ -103,8 +103,8 @@ def fingerprint(name: str) -> str:
     Of the paper suite: lm-eval's version, our settings, every item and the exemplars, wherever they came from.
     """
     config = _config(name)
+    parts = [version("lm-eval")]
     if name in PAPER:
-        parts = [version("lm-eval")]
         for subtask, task in tasks(name).items():
             shown = islice(task.fewshot_docs() or (), task.config.num_fewshot)
             parts += [subtask, list(shown), list(task.eval_docs)]
@@ -114,7 +114,7 @@ def fingerprint(name: str) -> str:
             *([_located(file)] if file else []),
             *(p for p in sorted(known()[name].parent.iterdir()) if p.suffix in (".py", ".txt")),
         ]
-        parts = [path.read_text(encoding="utf-8") for path in paths]
+        parts += [path.read_text(encoding="utf-8") for path in paths]
     return digest(config, *parts)[:16]
 
 
