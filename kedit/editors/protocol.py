@@ -120,6 +120,9 @@ class Editor(ABC):
         """
         self.prepare()
         start = time.perf_counter()
+        before = max(len(self.lm.encode(context)) for context in self.contexts or [""])
+        if (length := before + len(self.prompt_ids(request)) + len(self.target_ids(request))) > self.lm.window:
+            raise EditFailed(f"prompt and target take {length} tokens, and the model reads {self.lm.window}")
         with self.lm.journal.recording(self.name, request.id) as edit:
             self._apply(request, edit)
             if self.edits and not edit.changed and "skipped" not in edit.info:

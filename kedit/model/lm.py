@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -77,6 +78,11 @@ class LM:
     def layers(self) -> int:
         """Number of decoder blocks."""
         return len(self.anatomy.blocks)
+
+    @property
+    def window(self) -> int:
+        """How many tokens a text may have, begin token included; without a limit where the configuration names none."""
+        return getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
 
     @cached_property
     def fingerprint(self) -> str:
@@ -156,8 +162,8 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
         model, report = AutoModelForCausalLM.from_pretrained(
             **where, dtype=dtype, use_safetensors=True, device_map=device_map, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever transformers stumbles over in files from outside
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise KeditError(
             f"model {name!r} could not be loaded ({reason}); give a hub id you can reach, a local folder "
             f"with safetensors, or one of: {', '.join(WHEELS)}."
@@ -165,6 +171,8 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     if not tokenizer.is_fast:
         raise KeditError(f"model {name!r} has no fast tokenizer (tokenizer.json); save one with transformers.")
     _check_weights(name, model, report)
+    if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:
+        raise KeditError(f"model {name!r} cannot be used: its tokenizer knows more tokens; get its files again.")
     if device != "auto":
         model.to(device)
     elif any(weight.is_meta for weight in model.parameters()):

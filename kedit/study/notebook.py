@@ -12,6 +12,7 @@ from typing import Any
 from kedit import ROOT, KeditError
 from kedit.store import digest, runs_folder
 from kedit.study.params import KEYS, Params
+from kedit.study.plan import check
 from kedit.study.results import Results
 from kedit.study.run import run
 from kedit.workers import quiet_libraries
@@ -92,4 +93,5 @@ def results(params: Params, source: str) -> Results:
     except KeditError:
         if source != "run":
             raise
+        check(params)
         return run(params)

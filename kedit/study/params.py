@@ -1,6 +1,7 @@
 """What a run covers: a parameter file, checked."""
 
 import hashlib
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -31,6 +32,7 @@ def _each_once(values: list) -> list:
 EACH_ONCE = AfterValidator(_each_once)
 NAMES = Field(min_length=1, description="a list of names, each once")
 NUMBERS = Field(min_length=1, description="a list of whole numbers from 0 up, each once")
+PLAIN = Field(pattern=r"\A\w[\w.-]*\Z", description="a plain name: letters, digits, and . _ - within")
 METHODS = "a list of names, or of mappings of method, variant and hparams, each method and variant once"
 Number = Annotated[int, Field(ge=0)]
 
@@ -83,8 +85,8 @@ class Method(_Mapping):
 class Params(_Mapping):
     """What one run covers; the fields but the first two are the keys of ``params/<rq>/<name>.yaml``."""
 
-    rq: str
-    name: str
+    rq: Annotated[str, PLAIN]
+    name: Annotated[str, PLAIN]
     models: Annotated[list[str], NAMES, EACH_ONCE]
     methods: Annotated[list[Method], EACH_ONCE] = Field(min_length=1, description=METHODS)
     edits: Annotated[list[Number], NUMBERS, EACH_ONCE, AfterValidator(lambda edits: sorted({0, *edits}))]
@@ -107,15 +109,15 @@ class Params(_Mapping):
         """
         path = Path(path)
         try:
-            values = yaml.load(path.read_text(), _Loader)
+            values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except OSError as error:
             available = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
             raise KeditError(f"{path}: there is no such parameter file; there are: {available}.") from error
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise KeditError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
         if not isinstance(values, dict):
             raise KeditError(f"{path}: must be a mapping of keys to values.")
-        return cls.make(path.parent.name, path.stem, values, where=str(path))
+        return cls.make(path.resolve().parent.name, path.stem, values, where=str(path))
 
     @classmethod
     def find(cls, rq: str, name: str) -> "Params":
@@ -230,6 +232,11 @@ class _Loader(yaml.SafeLoader):
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise ValueError(f"{twice[0]} stands twice{node.start_mark}")
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # as in YAML 1.2, where 5e-1 is a number
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+\.?\d*)([eE][-+]?\d+)\Z"), list("-+.0123456789")
+)
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kedit import ROOT, KeditError
 from kedit.data import corpus, facts, hub
-from kedit.editors import kind_of, make_hparams
+from kedit.editors import check_layers, kind_of, make_hparams
 from kedit.editors.protocol import Editor, committed
 from kedit.editors.second_moments import key_of
 from kedit.evaluation import benchmarks
@@ -74,12 +74,15 @@ def shape_of(model: str) -> Shape | None:
     try:
         source = PICO / model if (PICO / model).is_dir() else model
         config = AutoConfig.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError):
+    except Exception:  # whatever transformers stumbles over in files from outside; loading the model will say it
         if model not in KNOWN:
             return None
         config = AutoConfig.for_model(**KNOWN[model]["config"])
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+    except Exception:  # likewise
+        return None
     anatomy = Anatomy(empty)
     parameters = sum(weight.numel() for weight in empty.parameters())
     return Shape(parameters, len(anatomy.blocks), *matrix(anatomy.down(0)).shape)
@@ -151,16 +154,19 @@ def _remedy(shape: Shape, dtype: str, device: str, kind: type[Editor], hparams: 
 
 
 def check(params: Params) -> None:
-    """What a run should ask before it loads a model: memory, edits, the benchmarks' data, the statistics' text.
+    """What a run should ask before it loads a model: layers, memory, edits, the benchmarks' data, the statistics' text.
 
     Raises:
         KeditError: one sentence on what is missing.
     """
-    check_memory(params)
     try:
+        for model in params.models:
+            for _, kind, hparams in _editors(params, model) if (shape := shape_of(model)) else ():
+                check_layers(kind, hparams, shape.layers)
         params.requests(0)
     except KeditError as error:
         raise KeditError(f"params/{params.rq}/{params.name}.yaml: {error}") from error
+    check_memory(params)
     for name in params.benchmarks:
         benchmarks.reach(name)
     if params.statistics.text == "wikipedia":
