@@ -1,6 +1,7 @@
 """What a run found: its cells, its edits, its manifest; and their file."""
 
 import gzip
+import hashlib
 import json
 import zlib
 from dataclasses import dataclass, fields
@@ -47,6 +48,12 @@ class EditRecord:
     """What the editor recorded of it, such as its loss, or why it ``failed``."""
 
 
+def _sums(cells: bytes, manifest: dict[str, Any]) -> dict[str, str]:
+    """By which the two files know each other, and that they are whole."""
+    contents = {"cells": cells, "manifest": json.dumps(manifest).encode()}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
 @dataclass
 class Results:
     """Cells of a run, its edits and its manifest; ``source`` as in a notebook's parameters, committed or run."""
@@ -63,9 +70,10 @@ class Results:
         for edit in self.edits:
             lines.append({"type": "edit", **vars(edit), **edit.info})
             del lines[-1]["info"]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomic(folder / "cells.jsonl.gz", gzip.compress(text.encode(), mtime=0))
-        write_atomic(folder / "manifest.json", (json.dumps(self.manifest, indent=1) + "\n").encode())
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        manifest = {**self.manifest, "sums": _sums(text, self.manifest)}
+        write_atomic(folder / "cells.jsonl.gz", gzip.compress(text, mtime=0))
+        write_atomic(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
         return [folder / "cells.jsonl.gz", folder / "manifest.json"]
 
     @classmethod
@@ -76,11 +84,14 @@ class Results:
             KeditError: absent, damaged, or made from other parameters.
         """
         try:
-            lines = gzip.decompress((folder / "cells.jsonl.gz").read_bytes()).decode().splitlines()
+            text = gzip.decompress((folder / "cells.jsonl.gz").read_bytes())
             results = cls(params, [], [], json.loads((folder / "manifest.json").read_text(encoding="utf-8")), source)
+            sums = results.manifest.pop("sums", None)  # older ones have none
+            if sums and sums != _sums(text, results.manifest):
+                raise ValueError("cells and manifest are damaged, or not of one run")
             made_from = results.manifest["params_fingerprint"]
             names = [field.name for field in fields(EditRecord) if field.name != "info"]
-            for line in map(json.loads, lines):
+            for line in map(json.loads, text.decode().splitlines()):
                 if line.pop("type") == "cell":
                     results.cells.append(Cell(**line))
                 else:  # what is left of the line is the info
