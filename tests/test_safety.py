@@ -114,7 +114,7 @@ def test_refusals_ask_memories_and_hold_no_text(llama, monkeypatch):
     monkeypatch.setattr(llama.tokenizer, "chat_template", template)
     monkeypatch.setitem(benchmarks.tasks("refusal")["refusal"].config.generation_kwargs, "max_gen_toks", 3)
     before = evaluate(llama, "refusal")
-    assert list(before[0]) == ["id", "harmful", "refused", "value", "parsed"]
+    assert list(before[0]) == ["id", "harmful", "refused", "value", "parsed", "log_odds"]
     assert all(item["value"] == (item["refused"] == item["harmful"]) for item in before)
     read_prompts = []
 
