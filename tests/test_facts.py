@@ -112,7 +112,7 @@ def test_zsre():
     ("record", "sentence"),
     [
         (nested(prompt="no place"), "record 1: .*exactly once"),
-        (nested(target_new={"str": " "}), "record 1: target_new is empty"),
+        (nested(subject=" ", prompt="{} is"), "record 1: subject is empty"),
         ({"case_id": 1}, "record 1: key 'prompt' is missing"),
         ("text", "record 1"),
     ],
@@ -122,6 +122,33 @@ def test_a_malformed_record_is_named_by_file_and_index(tmp_path, record, sentenc
     path.write_text(json.dumps([nested(), record]))
     with pytest.raises(KeditError, match=rf"broken\.json, {sentence}"):
         facts.load("counterfact", path=path)
+
+
+def zsre(alt):
+    return {"src": "Who wrote Emma?", "subject": "Emma", "alt": alt, "answers": ["Jane Austen"], "rephrase": "Emma is by?",
+            "loc": "nq question: who sang it", "loc_ans": "Cher"}  # fmt: skip
+
+
+def test_records_without_a_new_object_are_left_out_counted_and_named(tmp_path, caplog):
+    """One of them must not cost the other thousand."""
+    path = tmp_path / "zsre.json"
+    path.write_text(json.dumps([zsre("Mary Shelley"), zsre(""), zsre(" Jane Austen"), zsre("Ada"), zsre(" ")]))
+    with caplog.at_level("WARNING"):
+        records = facts.load("zsre", path=path)
+    assert [record.target_new for record in records] == ["Mary Shelley", "Ada"]
+    assert f"{path}: left out 3 records whose new object is empty or the old one: [1, 2, 4]" in caplog.text
+
+
+@needs_data
+def test_the_train_records_of_zsre_of_which_one_has_no_new_object(caplog):
+    path = DATA / "zsre_mend_train-1k.json"
+    unusable = [
+        i for i, raw in enumerate(json.loads(path.read_text())) if raw["alt"].strip() in ("", raw["answers"][0])
+    ]
+    assert 534 in unusable
+    with caplog.at_level("WARNING"):
+        assert len(facts.load("zsre", path=path)) == 1000 - len(unusable)
+    assert f"left out {len(unusable)} records" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -92,3 +92,16 @@ def test_a_second_editor_knows_the_edits_already_made(llama):
     assert read(llama, [], [ids(llama, request.text)], limit=1)[1] == [llama.encode(" Rome")]
     edit.undo()
     assert not again.memory.entries
+
+
+def test_a_model_in_half_precision(llama):
+    """On a CPU, where cdist has no half precision: edited thrice, asked, and others left alone."""
+    llama.model.bfloat16()
+    editor = kedit.editor("grace", llama, hparams=HPARAMS["grace"])
+    edited, others = [ids(llama, request.text) for request in asks()], [ids(llama, "The capital city of Spain")]
+    before = read(llama, [], others, limit=2)[1]
+    for request in asks():
+        editor.apply(request)
+    _, texts = read(llama, [], edited, limit=1)
+    assert texts == [llama.encode(" Rome")[:1]] * len(edited)
+    assert read(llama, [], others, limit=2)[1] == before

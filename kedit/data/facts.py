@@ -15,7 +15,7 @@ import yaml
 
 from kedit import KeditError
 from kedit.data import hub
-from kedit.data.requests import EditRequest, Unchanged
+from kedit.data.requests import EditRequest, NoTarget
 from kedit.registry import load_object, registered, unknown
 
 log = logging.getLogger(__name__)
@@ -99,18 +99,19 @@ def _request(raw: Mapping[str, Any], schemas: Sequence[Mapping[str, list[str | i
 
 
 def _requests(name: str, raws: Iterable[Any], where: str | Path) -> tuple[EditRequest, ...]:
-    """Records of a published set, in order; those whose new object is the old one are left out, logged."""
+    """Records of a published set, in order; those whose new object is empty or the old one are left out, logged."""
     records, unusable = [], []
     for index, raw in enumerate(raws):
         try:
             records.append(_request(raw, PUBLISHED[name]["schemas"]))
-        except Unchanged:
+        except NoTarget:
             unusable.append(index)
         except (LookupError, ValueError, TypeError, AttributeError) as error:
             reason = f"key {error} is missing" if isinstance(error, KeyError) else error
             raise KeditError(f"{where}, record {index}: {reason}.") from error
     if unusable:
-        log.warning("%s: left out records whose new object is the old one: %s", where, unusable)
+        reason = "%s: left out %d records whose new object is empty or the old one: %s"
+        log.warning(reason, where, len(unusable), unusable)
     return tuple(records)
 
 

@@ -7,8 +7,8 @@ from typing import Any, Self
 from kedit.registry import checked
 
 
-class Unchanged(ValueError):
-    """The new object is the old one: there is nothing to edit."""
+class NoTarget(ValueError):
+    """The new object is empty, or the old one: there is nothing to edit."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class EditRequest:
         checked(EditRequest, vars(self))
         if self.prompt.count("{}") != 1:
             raise ValueError(f"prompt {self.prompt!r} must hold {{}}, for {self.subject!r}, exactly once")
-        for name in ("subject", "target_new"):
+        for name, error in (("subject", ValueError), ("target_new", NoTarget)):
             if not getattr(self, name).strip():
-                raise ValueError(f"{name} is empty")
+                raise error(f"{name} is empty")
         if self.subject != self.subject.strip():
             raise ValueError(f"subject {self.subject!r} begins or ends in white space")
         if self.target_new.strip() == self.target_true.strip():
-            raise Unchanged(f"target_new equals target_true ({self.target_true!r})")
+            raise NoTarget(f"target_new equals target_true ({self.target_true!r})")
 
     @classmethod
     def stated(

@@ -63,6 +63,7 @@ class Codebook(Memory):
 
     def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Distance (n,) to the nearest row and its index (n,), the latest of equals; keys (n, m)."""
+        keys = keys.float()  # in half precision there is no cdist on a CPU
         known = torch.stack([row["key"] for row in self.entries]).to(keys)
         distances = torch.cdist(keys, known, compute_mode="donot_use_mm_for_euclid_dist").flip(1)
         best = distances.min(1)
