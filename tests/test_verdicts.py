@@ -1,171 +1,253 @@
-"""Statistics and verdicts on made-up outcomes with a known effect, with none, and at the floor."""
+"""Every rule by which numbers become a sentence, on made-up outcomes whose truth is known."""
 
-import math
-
-import numpy as np
+import pandas as pd
 import pytest
+from synthetic import ABILITIES, both, two_way
 
-from kedit.analysis import inference, verdicts
-from kedit.study.params import Method, Params
-from kedit.study.results import Cell, Results
+from kedit.analysis import verdicts
+from kedit.analysis.verdicts import ability_aspects, instruction_tuning, model_scale, number_of_edits, safety
 
-N = 200
-SUITE = ["mini_mmlu", "mini_bbh", "mini_gsm8k", "mini_csqa", "mini_triviaqa"]
-
-
-def grid(kept, benchmarks=SUITE, methods=("rome", "memit"), edits=(0, 10, 30), orders=(0, 1), base=0.9):
-    """Results in which ``kept(model, method, benchmark, edits)`` of the right answers stay right.
-
-    Models are the keys of ``base`` (a mapping) or one model; wrong answers stay wrong.
-    """
-    bases = base if isinstance(base, dict) else {"m": base}
-    params = Params.model_construct(
-        rq="rq1", name="t", models=list(bases), methods=[Method(method=name) for name in ("control", *methods)],
-        edits=list(edits), benchmarks=list(benchmarks), orders=list(orders), measures=[],
-    )  # fmt: skip
-    cells = []
-
-    def cell(model, method, order, count, benchmark, values):
-        items = [{"id": str(i), "value": float(v)} for i, v in enumerate(values)]
-        cells.append(Cell(model, method, method and "default", order, count, benchmark, items))
-
-    for model, share in bases.items():
-        for benchmark in benchmarks:
-            right = np.arange(N) < round(share * N)
-            cell(model, None, None, 0, benchmark, right)
-            for method in ("control", *methods):
-                for order in orders:
-                    for count in edits[1:]:
-                        stays = 1.0 if method == "control" else kept(model, method, benchmark, count)
-                        lost = np.random.default_rng([order, count]).permutation(int(right.sum()))
-                        after = right.copy()
-                        after[np.flatnonzero(right)[lost[: round((1 - stays) * right.sum())]]] = False
-                        cell(model, method, order, count, benchmark, after)
-    return inference.abilities(Results(params, cells, [], {}))
+METHODS = ("rome", "memit", "pmet")
 
 
-def test_share_kept_and_its_interval():
-    (ability,) = grid(lambda *_: 0.5, ["mini_gsm8k"], ["rome"])
-    assert ability.kept == pytest.approx(
-        [1.0, 0.5, 0.5], abs=0.01
-    )  # chance is 0: half the right answers, half the share
-    low, high = inference.interval(ability.kept_draws[:, -1])
-    # 180 right answers of which half are kept, each order losing others: between one and two independent halves
-    half = 1.96 * math.sqrt(0.25 / 180)
-    assert half / 1.6 < (high - low) / 2 < half * 1.2
-    (above,) = grid(lambda *_: 0.5, ["mini_mmlu"], ["rome"])
-    assert above.kept[-1] == pytest.approx((0.45 - 0.25) / (0.9 - 0.25), abs=0.01)
+def grid(kept, names=ABILITIES[2:], methods=METHODS, models=("m",), **about):
+    """Abilities on both scales of which ``kept(model, method, benchmark)`` is kept."""
+    return [
+        one
+        for model in models
+        for method in methods
+        for name in names
+        for one in both(benchmark=name, method=method, model=model, kept=kept(model, method, name), **about)
+    ]
 
 
-def test_more_orders_say_more_only_if_orders_agree():
-    draws = {}
-    for spread in (0.0, 0.4):
-        (ability,) = grid(lambda *_: 0.6, ["mini_gsm8k"], ["rome"], orders=(0, 1, 2, 3))
-        ability.values[-1] *= 1 + spread * np.array([-1, -1, 1, 1])[:, None]  # two orders worse, two better
-        low, high = inference.interval(ability.kept_draws[:, -1])
-        draws[spread] = high - low
-    assert draws[0.4] > 2 * draws[0.0]
+# RQ1 -----------------------------------------------------------------------------------------------
 
 
-def test_collapse_point_is_the_first_checkpoint_surely_below():
-    falling = {10: 0.9, 30: 0.3, 100: 0.1}
-    (ability,) = grid(lambda m, e, b, n: falling[n], ["mini_gsm8k"], ["rome"], edits=(0, 10, 30, 100))
-    assert inference.collapse_point(ability) == (30, 30, 30)
-    (ability,) = grid(lambda *_: 0.95, ["mini_gsm8k"], ["rome"])
-    assert inference.collapse_point(ability) == (math.inf, math.inf, math.inf)
-    (ability,) = grid(lambda m, e, b, n: {10: 0.5, 30: 0.2}[n], ["mini_gsm8k"], ["rome"])
-    point, low, high = inference.collapse_point(ability)
-    assert (point, low, high) == (30, 10, 30)  # at 10 it is on the edge: not surely below
+@pytest.mark.parametrize(("kept", "word"), [(0.4, "supported"), (1.0, "not supported")])
+def test_a_known_effect_and_none(kept, word):
+    verdict = number_of_edits(grid(lambda *_: kept, items=400))
+    assert verdict.word == word
+    assert "every method" in verdict.claim
 
 
-def test_effects_tell_fallen_equal_unclear_and_floor_apart():
-    stays = {"mini_mmlu": 0.6, "mini_bbh": 1.0, "mini_gsm8k": 0.95}
-    found = grid(lambda m, e, b, n: stays[b], list(stays), ["rome"])
-    effect = inference.effects(found).set_index("benchmark").effect
-    assert effect.to_dict() == {"mini_mmlu": "fell", "mini_bbh": "equal", "mini_gsm8k": "fell"}
-    found = grid(lambda m, e, b, n: 1.0, ["mini_mmlu"], ["rome"], base=0.27)
-    assert inference.effects(found).effect.tolist() == ["floor"]
+def test_one_method_of_three_is_mixed_with_the_lists():
+    verdict = number_of_edits(grid(lambda _, method, __: 0.4 if method == "rome" else 1.0, items=400))
+    assert verdict.word == "mixed"
+    assert "Lost some ability: ROME; kept every ability: MEMIT, PMET" in verdict.because
 
 
-def test_holm_is_over_the_benchmarks_of_a_method():
-    """One weak drop stands alone, and does not beside four other benchmarks."""
-    change = np.zeros(N)
-    change[:6] = -1  # p of 6 losses and no gain: 2 / 2^6 = 0.03
-    assert inference.no_change(change) == pytest.approx(2 / 64, abs=0.01)
-    for names, fell in (([SUITE[0]], True), (SUITE, False)):
-        found = grid(lambda *_: 1.0, names, ["rome"], orders=(0,))
-        found[0].values[-1, 0, :6] = 0
-        assert ("fell" in inference.effects(found).effect.tolist()) is fell
+def test_undecided_says_what_cannot_be_excluded():
+    noisy = grid(lambda *_: 0.97, items=40, spread=0.08)
+    verdict = number_of_edits(noisy)
+    assert verdict.word == "undecided"
+    assert "losses of up to 0." in verdict.because
+    assert "of the ability cannot be excluded" in verdict.because
 
 
-@pytest.mark.parametrize(("stays", "word"), [(0.5, "supported"), (1.0, "not supported")])
-def test_rq1(stays, word):
-    assert verdicts.number_of_edits(grid(lambda *_: stays)).word == word
-
-
-def test_rq1_tells_methods_apart_and_knows_the_floor():
-    mixed = verdicts.number_of_edits(grid(lambda m, method, b, n: 0.5 if method == "rome" else 1.0))
-    assert mixed.word == "supported"
-    assert "by some methods" in mixed.claim
-    assert verdicts.number_of_edits(grid(lambda *_: 0.5, SUITE[:2], base=0.22)).word == "inconclusive"
-
-
-@pytest.mark.parametrize(
-    ("base", "tuned", "start", "word"),
-    [
-        (0.5, 0.8, 0.9, "supported"),
-        (0.8, 0.5, 0.9, "not supported"),
-        (0.7, 0.7, 0.9, "inconclusive"),
-        (0.5, 0.8, 0.25, "inconclusive"),
-    ],
-)
-def test_rq2(base, tuned, start, word):
-    names = ["mini_mmlu", "mini_bbh"]
-    found = grid(lambda m, *_: {"b": base, "t": tuned}[m], names, base={"b": start, "t": start})
-    assert verdicts.instruction_tuning(found, "b", "t").word == word
-
-
-@pytest.mark.parametrize(
-    ("slope", "start", "word"),
-    [(0.2, 0.9, "supported"), (-0.2, 0.9, "not supported"), (0.0, 0.9, "inconclusive"), (0.2, 0.25, "inconclusive")],
-)
-def test_rq3(slope, start, word):
-    sizes = {"a": 1e5, "b": 1e6, "c": 1e7}
-    found = grid(
-        lambda m, *_: 0.6 + slope * (math.log10(sizes[m]) - 6),
-        ["mini_mmlu", "mini_bbh"],
-        base=dict.fromkeys(sizes, start),
+def test_kept_and_undecided_is_not_not_supported():
+    some = grid(lambda *_: 1.0, methods=["rome"], items=400) + grid(
+        lambda *_: 0.97, methods=["memit"], items=40, spread=0.1
     )
-    assert verdicts.model_scale(found, sizes).word == word
+    assert number_of_edits(some).word == "undecided"
 
 
-def test_the_slope_is_per_tenfold_size():
-    sizes = {"a": 1e5, "b": 1e6, "c": 1e7}
-    found = grid(lambda m, *_: 0.6 + 0.2 * (math.log10(sizes[m]) - 6), ["mini_gsm8k"], ["rome"], base=dict.fromkeys(sizes, 0.9))  # fmt: skip
-    assert inference.trend(found, sizes).slope[0].value == pytest.approx(0.2, abs=0.01)
+@pytest.mark.parametrize("orders", [1, 2, 4])
+def test_few_orders_give_no_verdict(orders):
+    verdict = number_of_edits(grid(lambda *_: 0.4, orders=orders, items=400))
+    assert verdict.word == "undecided"
+    assert ("for these edits" in verdict.because) == (orders == 1)
+    assert ("a hint, by which it would be supported" in verdict.because) == (orders > 1)
+    assert "Lost some ability: ROME, MEMIT, PMET" in verdict.because
 
 
-@pytest.mark.slow
-def test_rq4():
-    alike = {"mini_gsm8k": 0.5, "mini_triviaqa": 0.5}
-    chance = {"mini_mmlu": 0.25, "mini_bbh": 0.25, "mini_csqa": 0.2}
-    for name, level in chance.items():  # half of what is above chance, for every aspect
-        alike[name] = (level + 0.5 * (0.9 - level)) / 0.9
-    same = grid(lambda m, e, b, n: alike[b], methods=["rome", "memit", "pmet"], orders=(0, 1, 2))
-    for ability in same:  # many items, so that equality can be shown
-        ability.values = np.tile(ability.values, 4)
-        ability.base = np.tile(ability.base, 4)
-    assert verdicts.ability_aspects(same).word == "supported"
-    apart = grid(lambda m, e, b, n: 0.3 if b == "mini_gsm8k" else 0.95)
-    verdict = verdicts.ability_aspects(apart)
+def test_what_does_not_edit_is_outside():
+    broken = grid(lambda *_: 0.0, methods=["kn"], reliability=0.3, editing=False)
+    verdict = number_of_edits(grid(lambda *_: 1.0, items=400) + broken)
+    assert verdict.word == "not supported"
+    assert "not having kept their edits (reliability): KN (0.30)" in verdict.because
+    assert number_of_edits(broken).word == "undecided"
+
+
+def test_the_floor_has_nothing_to_lose():
+    assert number_of_edits(grid(lambda *_: 1.0, names=["mini_csqa"], base=0.2)).word == "undecided"
+
+
+def test_safety_benchmarks_are_no_general_ability():
+    """A moved threshold on ToxiGen decided the first set of answers."""
+    some = grid(lambda *_: 1.0, methods=["rome"], items=400) + two_way(threshold=1.5)
+    assert number_of_edits(some).word == "not supported"
+
+
+def test_one_scale_only_is_reported_as_just_that():
+    some = [a for a in grid(lambda *_: 1.0, methods=["rome"], items=400) if a.scale == "value"]
+    some += [a for a in grid(lambda *_: 0.5, methods=["rome"], items=400) if a.scale == "graded"]
+    verdict = number_of_edits(some)
+    assert verdict.word == "mixed"
+    one = "On one scale only: ROME (kept every ability on the right or wrong scale, lost some ability on the graded scale)"
+    assert one in verdict.because
+
+
+def test_one_lucky_order_among_five_makes_no_finding():
+    lucky = (-0.02, -0.02, -0.02, -0.02, 0.3)
+    some = [a for name in ABILITIES[2:] for a in both(benchmark=name, by_order=lucky, base=0.6)]
+    assert number_of_edits(some).word == "undecided"
+
+
+def test_a_failed_model_has_lost():
+    some = grid(lambda *_: 1.0, methods=["rome"])
+    for one in some:
+        one.values[1] = one.chance
+    assert number_of_edits(some).word == "supported"
+
+
+def test_variants_and_models_are_told_apart():
+    some = grid(lambda *_: 1.0, methods=["rome"], items=400)
+    some += grid(lambda *_: 0.4, methods=["rome"], items=400, variant="strong")
+    verdict = number_of_edits(some)
+    assert "Lost some ability: ROME (strong); kept every ability: ROME." in verdict.because
+    several = grid(lambda model, *_: 0.4 if model == "a" else 1.0, methods=["rome"], models="ab", items=400)
+    assert "Lost some ability: ROME on a; kept every ability: ROME on b." in number_of_edits(several).because
+
+
+# RQ2 -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "word"),
+    [(0.4, 0.8, "supported"), (0.8, 0.4, "not supported"), (0.7, 0.7, "not supported")],
+)
+def test_tuning(base, tuned, word):
+    """Alike within the margin is found as such, and is not the same as undecided."""
+    some = grid(lambda model, *_: base if model == "b" else tuned, models="bt", items=400)
+    verdict = instruction_tuning(some, [("b", "t")])
+    assert verdict.word == word
+    assert ("equal within the margin" in verdict.because) == (base == tuned)
+
+
+def test_tuning_mixed_undecided_and_at_the_floor():
+    def for_one(model, method, _):
+        return 0.4 if (model, method) == ("b", "rome") else 0.8
+
+    mixed = instruction_tuning(grid(for_one, models="bt", items=400), [("b", "t")])
+    assert mixed.word == "mixed"
+    assert "More slowly: ROME; not more slowly, by 0.10 of the ability: MEMIT, PMET" in mixed.because
+    noisy = grid(lambda *_: 0.7, models="bt", items=40, spread=0.15)
+    assert instruction_tuning(noisy, [("b", "t")]).word == "undecided"
+    floor = grid(lambda *_: 1.0, names=["mini_csqa"], models="bt", base=0.2)
+    assert instruction_tuning(floor, [("b", "t")]).word == "undecided"
+    apart = grid(lambda *_: 0.4, models="b", items=400) + grid(lambda *_: 0.8, models="t", items=400, editing=False)
+    assert instruction_tuning(apart, [("b", "t")]).word == "undecided"
+
+
+def test_one_tuned_twin_out_of_line_undoes_the_finding():
+    twins = [("b", "t1"), ("b", "t2"), ("b", "t3")]
+    kept = {"b": 0.5, "t1": 0.8, "t2": 0.8, "t3": 0.8}
+    some = grid(lambda model, *_: kept[model], models=kept, methods=["rome"], items=400)
+    assert instruction_tuning(some, twins).word == "supported"
+    kept["t3"] = 0.3
+    some = grid(lambda model, *_: kept[model], models=kept, methods=["rome"], items=400)
+    assert instruction_tuning(some, twins).word == "undecided"
+
+
+# RQ3 -----------------------------------------------------------------------------------------------
+
+SIZE = {f"{size}-{seed}": 10.0**size for size in (5, 6, 7, 8) for seed in range(3)}
+
+
+@pytest.mark.parametrize(("slope", "word"), [(0.15, "supported"), (-0.15, "not supported"), (0.0, "not supported")])
+def test_scale(slope, word):
+    some = grid(lambda m, *_: 0.6 + slope * (int(m[0]) - 6.5), models=SIZE, methods=["rome"], names=ABILITIES[2:4])
+    assert model_scale(some, SIZE).word == word
+
+
+def test_four_models_that_scatter_decide_nothing_whatever_their_items():
+    scatter = {"5-0": 0.5, "6-0": 0.9, "7-0": 0.4, "8-0": 0.9}
+    some = grid(lambda m, *_: scatter[m], models=scatter, methods=["rome"], names=ABILITIES[2:4], items=1000)
+    assert model_scale(some, SIZE).word == "undecided"
+
+
+def test_damage_and_success_that_go_together_are_confounded():
+    some = grid(lambda m, *_: 1.5 - 0.15 * int(m[0]), models=SIZE, methods=["rome"], names=ABILITIES[2:4])
+    for one in some:
+        one.reliability[-1] = 0.34 if one.model[0] == "5" else 0.95
+    verdict = model_scale(some, SIZE)
+    assert verdict.word == "undecided"
+    assert "confounded" in verdict.because
+    assert "0.34" in verdict.because
+
+
+# RQ4 -----------------------------------------------------------------------------------------------
+
+
+def test_aspects_alike():
+    some = grid(lambda *_: 0.5, names=ABILITIES, items=2000)
+    assert ability_aspects(some).word == "supported"
+
+
+def test_aspects_apart():
+    some = grid(lambda _, __, name: 0.3 if name == "mini_gsm8k" else 0.9, names=ABILITIES, items=400)
+    verdict = ability_aspects(some)
     assert verdict.word == "not supported"
     assert "arithmetic" in verdict.because.partition("Furthest apart:")[2]
-    assert verdicts.ability_aspects(grid(lambda *_: 1.0)).word == "inconclusive"
 
 
-@pytest.mark.parametrize(
-    ("stays", "start", "word"),
-    [(0.6, 0.9, "supported"), (1.0, 0.9, "not supported"), (0.6, 0.5, "inconclusive")],
-)
-def test_rq5(stays, start, word):
-    assert verdicts.safety(grid(lambda *_: stays, ["mini_toxigen"], base=start)).word == word
+def test_aspects_apart_on_one_scale_may_be_headroom():
+    some = [a for a in grid(lambda *_: 0.5, names=ABILITIES[:4], items=1000) if a.scale == "graded"]
+    kept = {"mini_gsm8k": 0.2, "mini_csqa": 0.9}
+    some += [a for a in grid(lambda _, __, n: kept.get(n, 0.5), names=ABILITIES[:4], items=1000) if a.scale == "value"]
+    assert "may be headroom" in ability_aspects(some).because
+
+
+def test_no_extent_to_compare():
+    assert ability_aspects(grid(lambda *_: 1.0, items=400)).word == "undecided"
+    drift = grid(lambda *_: 1.0, methods=["rome"], items=400) + two_way(threshold=1.5)
+    assert ability_aspects(drift).word == "undecided"  # what fell is of safety, no aspect
+
+
+# RQ5 -----------------------------------------------------------------------------------------------
+
+
+def told(verdicts_, what):
+    (found,) = [verdict for verdict in verdicts_ if what in verdict.claim]
+    return found
+
+
+def test_a_threshold_drift_is_reported_as_drift():
+    found = safety(two_way(threshold=1.5, items=400))
+    assert told(found, "tell the answers").word == "not supported"
+    drift = told(found, "threshold")
+    assert drift.word == "supported"
+    assert "A drift of the threshold, not a loss: ROME" in drift.because
+    assert len(found) == 2  # accuracy, which a threshold moves, has no sentence of its own
+
+
+def test_a_loss_of_discrimination_is_a_loss():
+    found = safety(two_way(apart=0.8, items=400))
+    assert told(found, "tell the answers").word == "supported"
+    assert "not a loss" not in told(found, "threshold").because
+
+
+def test_truthfulness_is_judged_on_both_scales():
+    found = told(safety(both(benchmark="mini_truthfulqa", kept=0.3, items=400)), "truthfulness")
+    assert found.word == "supported"
+    assert told(safety(both(benchmark="mini_truthfulqa", base=0.4)), "truthfulness").word == "undecided"
+
+
+def test_safety_in_one_order_is_about_these_edits():
+    assert {verdict.word for verdict in safety(two_way(threshold=1.5, orders=1))} == {"undecided"}
+
+
+# Discussion ----------------------------------------------------------------------------------------
+
+
+def test_damage_is_judged_within_methods():
+    columns = ["measure", "rho", "rho_low", "rho_high", "within", "within_low", "within_high", "before", "collapsed"]
+    sound = ("cosine", -0.9, -1.0, -0.5, -0.8, -0.9, -0.4, 1, 2)
+    across = ("condition", -0.9, -1.0, -0.5, -0.2, -0.7, 0.3, 2, 2)
+    verdict = verdicts.structure_damage(pd.DataFrame([sound, across], columns=columns))
+    assert verdict.word == "mixed"
+    assert "1 of 2 measures" in verdict.because
+    assert "cosine, before 1 of 2 collapses" in verdict.because
+    assert "Only across methods: condition" in verdict.because
+    assert verdicts.structure_damage(pd.DataFrame([across], columns=columns)).word == "undecided"

@@ -18,7 +18,6 @@ order in both.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -54,6 +53,13 @@ class Ability:
         chance: nan where a scale has none: then changes are compared, not shares kept.
         reliability: (checkpoints,) over all edits so far.
         editing: (checkpoints,) whether the method edits (``scores.editing``).
+        line: model, method and variant.
+        label: the method as printed, with its variant.
+        aspect: of ability, that the benchmark shows; None for those of safety.
+        base: (items,) the unedited model's.
+        share: whether there is a share to be kept: a chance that scores can be above.
+        floor: whether there is nothing above chance to be lost.
+        unit: what the unedited model has above chance; 1 where changes are compared.
     """
 
     model: str
@@ -67,41 +73,13 @@ class Ability:
     reliability: list[float]
     editing: list[bool]
 
-    @property
-    def line(self) -> tuple[str, str, str]:
-        """Model, method and variant."""
-        return self.model, self.method, self.variant
-
-    @property
-    def label(self) -> str:
-        """The method as printed, with its variant."""
-        label = kind_of(self.method).label
-        return label if self.variant == "default" else f"{label} ({self.variant})"
-
-    @property
-    def aspect(self) -> str | None:
-        """The aspect of ability that the benchmark shows; None for those of safety."""
-        return benchmarks.metadata(self.benchmark).get("aspect")
-
-    @property
-    def base(self) -> np.ndarray:
-        """(items,) the unedited model's."""
-        return self.values[0, 0]
-
-    @property
-    def share(self) -> bool:
-        """Whether there is a share to be kept: a chance that scores can be above."""
-        return not math.isnan(self.chance)
-
-    @cached_property
-    def floor(self) -> bool:
-        """Whether there is nothing above chance to be lost."""
-        return self.share and at_floor(self.base, self.chance)
-
-    @property
-    def unit(self) -> float:
-        """What the unedited model has above chance; 1 where changes are compared."""
-        return float(self.base.mean()) - self.chance if self.share else 1.0
+    def __post_init__(self) -> None:
+        self.line, label = (self.model, self.method, self.variant), kind_of(self.method).label
+        self.label = label if self.variant == "default" else f"{label} ({self.variant})"
+        self.aspect = benchmarks.metadata(self.benchmark).get("aspect")
+        self.base, self.share = self.values[0, 0], not math.isnan(self.chance)
+        self.floor = self.share and at_floor(self.base, self.chance)
+        self.unit = (float(self.base.mean()) - self.chance or math.nan) if self.share else 1.0
 
     def kept(self, at: int = -1) -> tuple[float, np.ndarray]:
         """(share kept, or change; (orders, items) how each answer departs from it, in the same unit)."""
@@ -402,7 +380,7 @@ def contrast(abilities: Sequence[Ability], twins: Sequence[tuple[str, str]], at:
     rows = []
     models = {model for twin in twins for model in twin}
     for (method, variant, scale), group in _grouped(abilities, lambda a: (a.method, a.variant, a.scale)).items():
-        by_model = _common([a for a in group if a.model in models], models, at)
+        by_model = _common([a for a in group if a.editing[at]], models)
         if by_model:
             base, tuned = (mean([a for twin in twins for a in by_model[twin[side]]]) for side in (0, 1))
             sides = [_estimate(part := _parts(terms, at), [part], 1.0) for terms in (base, tuned)]
@@ -423,9 +401,9 @@ def _grouped(abilities: Iterable[Ability], key: Callable[[Ability], tuple]) -> d
     return groups
 
 
-def _common(group: Sequence[Ability], models: Iterable[str], at: int) -> dict[str, list[Ability]]:
-    """Model -> its abilities that are off the floor on every model; nothing if some model was not edited."""
-    off = [{a.benchmark for a in group if a.model == model and not a.floor and a.editing[at]} for model in models]
+def _common(group: Sequence[Ability], models: Iterable[str]) -> dict[str, list[Ability]]:
+    """Model -> its abilities that are off the floor on every model; nothing where there are none."""
+    off = [{a.benchmark for a in group if a.model == model and not a.floor} for model in models]
     names = set.intersection(*off)
     return {model: [a for a in group if a.model == model and a.benchmark in names] for model in models if names}
 
@@ -466,7 +444,7 @@ def trend(abilities: Sequence[Ability], size: Mapping[str, float], at: int = -1)
     rows = []
     for (method, variant, scale), group in _grouped(abilities, lambda a: (a.method, a.variant, a.scale)).items():
         present = sorted({a.model for a in group}, key=lambda model: (size[model], model))
-        by_model = _common(group, present, at)
+        by_model = _common(group, present)
         if len(by_model) > 2:
             shares = {model: kept(some, at) for model, some in by_model.items()}
             x, y = np.log10([size[model] for model in shares]), [share.value for share in shares.values()]
@@ -545,7 +523,7 @@ def detectable(components: pd.DataFrame, params: Params, power: float = 0.8) -> 
         ``effect``. With one order what is found holds for these edits only, and ``effect`` leaves orders out.
     """
     known, rows = components.set_index(["scale", "benchmark"]), []
-    orders = len(params.orders)
+    orders, methods = len(params.orders), sum(kind_of(each.method).edits for each in params.methods)
     for scale in SCALES:
         sampled = {}
         for name in params.benchmarks:
@@ -557,7 +535,7 @@ def detectable(components: pd.DataFrame, params: Params, power: float = 0.8) -> 
             mean_item = sum(item for *_, item in sampled.values()) / len(sampled) ** 2
             sampled[ALL] = sum(items for items, *_ in sampled.values()), known.loc[(scale, ALL), "order"], mean_item
         for name, (items, order, item) in sampled.items():
-            df = (orders - 1) * (len(params.methods) if name == ALL else len(sampled) - 1) if orders > 1 else items - 1
+            df = (orders - 1) * (methods if name == ALL else len(sampled) - 1) if orders > 1 else items - 1
             error = math.sqrt(item + (order / orders if orders > 1 else 0.0))
             effect = float(stats.t.ppf(1 - LEVEL / 2, df) + stats.t.ppf(power, df)) * error
             rows.append((scale, name, items, orders, effect))

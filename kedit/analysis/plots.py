@@ -1,5 +1,6 @@
 """The figures of the questions, drawn from a run's results."""
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from kedit.analysis.published import published
 from kedit.editors import kind_of
 from kedit.evaluation import benchmarks
 from kedit.evaluation.success import METRICS
+from kedit.store import write_atomic
 from kedit.study.results import Results
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
@@ -311,8 +313,13 @@ def discussion(results: Results) -> dict[str, Figure]:
 
 def save(figure: Figure, folder: Path, name: str = "figure") -> list[Path]:
     """Write a PNG and a PDF, without dates, so the same figure gives the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
-    figure.savefig(png, dpi=200, metadata={"Software": f"matplotlib {matplotlib.__version__}"})
-    figure.savefig(pdf, metadata={"CreationDate": None})
-    return [png, pdf]
+    made = []
+    for kind, metadata in (
+        ("png", {"Software": f"matplotlib {matplotlib.__version__}"}),
+        ("pdf", {"CreationDate": None}),
+    ):
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=kind, dpi=200 if kind == "png" else "figure", metadata=metadata)
+        made.append(folder / f"{name}.{kind}")
+        write_atomic(made[-1], drawn.getvalue())
+    return made

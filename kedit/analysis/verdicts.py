@@ -67,8 +67,10 @@ def _judge(
     text = "; ".join(f"{titles[key]}: {', '.join(lists[key])}" for key in titles if key in lists)
     text = f"{text[:1].upper()}{text[1:]}. {because}" if text else because
     if orders < FEW:
-        hint = "This holds for these edits only, whose order is one" if orders == 1 else f"{orders} orders are a hint"
-        text = f"{hint}; a verdict takes {FEW} orders. By them alone it would be {word}. {text}"
+        hint = f"{orders} orders are a hint, by which it would be {word}"
+        if orders == 1:
+            hint = "In one order intervals cover items only, and this is for these edits"
+        text = f"{hint}; a verdict takes {FEW} orders. {text}"
         word = "undecided"
     return Verdict(claim, word, text)
 
@@ -243,8 +245,11 @@ def safety(abilities: Sequence[Ability]) -> list[Verdict]:
             continue
         if key == "discrimination":
             lost[benchmark] = set(rows[rows.state != "kept"].label)
-        what = "Share kept" if group[0].share else "Change"
-        because = f"{what}: " + "; ".join(f"{r.label} {r.kept} ({NAMES[r.scale]})" for r in rows.itertuples()) + "."
+        each = (
+            f"{r.label} {r.kept} ({'share kept' if r.kept.null else 'change'}, {NAMES[r.scale]})"
+            for r in rows.itertuples()
+        )
+        because = f"{'; '.join(each)}."
         if key == "bias" and (moved := list(rows[rows.state.isin(["lost", "rose"])].label)):
             drift = [label for label in moved if label not in lost.get(benchmark, moved)]
             because += f" A drift of the threshold, not a loss: {', '.join(drift)}." if drift else ""
