@@ -80,7 +80,7 @@ def _reproduce(args: argparse.Namespace) -> None:
             None,
             parameters={**params.values(), "name": params.name, "source": "run"},
             kernel_name="python3",
-            cwd=kedit.ROOT / "notebooks",
+            cwd=Path.cwd(),  # from where relative paths of the parameter file are meant
             progress_bar=False,
             config=Config(
                 {
