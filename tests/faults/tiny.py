@@ -183,8 +183,8 @@ def _redirect(output: Path) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.stdout = os.fdopen(1, "w", closefd=False)
-    sys.stderr = os.fdopen(2, "w", closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
 class Started:
@@ -251,7 +251,7 @@ def leftovers(runs: Path) -> list[str]:
 
 def sentence(code: int, printed: str) -> bool:
     """Whether a command ended in one sentence for its user, and no traceback came before it."""
-    last = printed.strip().splitlines()[-1]  # after a progress bar, perhaps
+    last = printed.strip().rpartition("\n")[2]  # after a progress bar, perhaps
     return code == 2 and "kedit: " in last and "Traceback" not in printed
 
 
