@@ -14,9 +14,11 @@ import hashlib
 import json
 import logging
 import os
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -81,8 +83,15 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 32}"):  # by a writer that was killed?
+            with suppress(OSError), left.open("r+b") as file:
+                if left.stat().st_mtime < time.time() - 0.1:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its writer lives
+                    left.unlink()
         try:
             with temporary.open("wb") as file:
+                with suppress(OSError):  # a folder without locks, where such files stay
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

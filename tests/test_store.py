@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import multiprocessing
 import os
 import random
@@ -170,3 +171,16 @@ def test_where_locks_are_not_to_be_had_all_go_ahead(tmp_path, monkeypatch):
     with claim(tmp_path / "unit") as one, claim(tmp_path / "unit") as two:
         assert one
         assert two
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_and_a_living_one_is_let_be(tmp_path):
+    left = tmp_path / f".file.{'0' * 32}"
+    for living in (False, True):
+        left.write_bytes(b"half")
+        os.utime(left, (1, 1))
+        with left.open("rb") as writer:
+            if living:
+                fcntl.flock(writer, fcntl.LOCK_EX)
+            write_atomic(tmp_path / "file", b"data")
+            assert left.exists() == living
+    assert (tmp_path / "file").read_bytes() == b"data"

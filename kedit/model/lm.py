@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Collection, Mapping
@@ -217,7 +218,9 @@ def _from_wheel(name: str) -> str:
         if folder.is_dir():
             set_aside(folder)
         log.info("converting %s to safetensors, once (about half a minute)", ggufs[0].name)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        for left in folder.parent.glob(f".{name}.*/"):  # by a conversion that was killed, since the claim is ours
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as temporary:
             converted = Path(temporary) / name
             try:
                 convert_gguf(ggufs[0], converted)
