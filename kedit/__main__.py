@@ -15,7 +15,7 @@ import kedit
 from kedit import KeditError
 from kedit.analysis.questions import QUESTIONS
 from kedit.registry import unknown
-from kedit.store import runs_folder, write_atomic
+from kedit.store import disk, runs_folder, write_atomic
 from kedit.workers import log_to_stderr
 
 if TYPE_CHECKING:
@@ -226,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     log_to_stderr()
     try:
-        args.function(args)
+        with disk():  # what writes figures and notebooks
+            args.function(args)
     except KeditError as error:
         print(f"kedit: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ Files that other programs read, as those of a converted model, stay as they are;
 them in a file of this kind (``seal``, ``is_whole``).
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -31,6 +32,9 @@ VERSION = 2
 """Part of every key; raise it when a change to the code changes results."""
 FORMAT = "kedit-1"
 """How a derived file is written."""
+_NAMES = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EEXIST", "ENOTDIR", "EISDIR", "EFBIG")
+REFUSALS = {getattr(errno, name) for name in _NAMES}
+"""Errors by which a disk refuses something."""
 SUMS = "sums"
 """The file with the sums of a folder's other files."""
 
@@ -59,18 +63,24 @@ def digest(*parts: Any) -> str:
 
 
 @contextmanager
-def disk(path: Path) -> Iterator[None]:
+def disk(path: Path | None = None) -> Iterator[None]:
     """Within the block, what the disk refuses is one sentence.
 
+    Args:
+        path: what is written or read there; by default what the error names.
+
     Raises:
-        KeditError: it is full, broken, or the folder or file is not for us.
+        KeditError: the disk is full or broken, or the folder or file is not for us.
     """
     try:
         yield
     except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
         raise KeditError(
-            f"{path} cannot be written or read ({error.strerror or error}); free some space, let the folder be used "
-            "or set KEDIT_RUNS and KEDIT_CACHE to others, and run the same command again, it goes on where it was."
+            f"{path or error.filename or runs_folder()} cannot be written or read ({error.strerror}); free some space, "
+            "let its folder be used or set KEDIT_RUNS and KEDIT_CACHE to others, and run the same command again, it "
+            "goes on where it was."
         ) from error
 
 

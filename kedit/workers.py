@@ -6,6 +6,7 @@ cores: the same bits on two cores and on sixty-four. The processes may be this m
 those of a Dask cluster (``cluster``); what is to be done and where it is kept are the same.
 """
 
+import asyncio
 import logging
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from typing import Any
 import psutil
 
 from kedit import KeditError
-from kedit.store import cache_folder, runs_folder
+from kedit.store import cache_folder, disk, runs_folder
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,15 @@ class _Cluster(Executor):
         return self._inner.submit(_call, runs_folder(), cache_folder(), function, *args)
 
 
+async def _identity(address: str) -> dict[str, Any]:
+    """What the scheduler at an address says of itself."""
+    from distributed import Security
+    from distributed.core import rpc
+
+    async with rpc(address, connection_args=Security().get_connection_args("client")) as scheduler:
+        return await scheduler.identity()
+
+
 @contextmanager
 def cluster(address: str, timeout: float = 10.0) -> Iterator[tuple[Executor, int]]:
     """An executor of the workers of a Dask cluster, and how many there are by now; more may come and go.
@@ -152,8 +162,9 @@ def cluster(address: str, timeout: float = 10.0) -> Iterator[tuple[Executor, int
     except ImportError as error:
         raise KeditError("DASK needs dask: pip install 'kedit[dask]', or make, which installs it.") from error
     try:
+        asyncio.run(asyncio.wait_for(_identity(address), timeout))  # a Client would wait minutes for another port
         client = Client(address, timeout=timeout, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TimeoutError) as error:
         raise KeditError(
             f"no Dask scheduler answers at {address!r} ({type(error).__name__}); start one with dask scheduler, and "
             "give the address it prints, such as DASK=tcp://host:8786."
@@ -162,8 +173,9 @@ def cluster(address: str, timeout: float = 10.0) -> Iterator[tuple[Executor, int
     try:
         log.info("waiting for the workers of the cluster")
         client.wait_for_workers(1)
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        with disk(probe):
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.touch()
         if blind := [name for name, seen in client.run(probe.exists).items() if not seen]:
             raise KeditError(
                 f"the Dask worker {blind[0]} does not see {runs_folder()}; set KEDIT_RUNS to a folder that every "
@@ -186,7 +198,10 @@ def cluster(address: str, timeout: float = 10.0) -> Iterator[tuple[Executor, int
 
 @dataclass(eq=False)
 class Job:
-    """A function call for a worker, made once the jobs ``after`` which it comes are done."""
+    """A function call for a worker, made once the jobs ``after`` which it comes are done.
+
+    If it returns False, somebody else is at it: it is called again when the other jobs have had their turn.
+    """
 
     function: Callable[..., Any]
     args: tuple
@@ -207,6 +222,8 @@ def execute(jobs: Sequence[Job], executor: Executor, at_once: int, tick: Callabl
             running[executor.submit(job.function, *job.args)] = job
             waiting.remove(job)
         for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-            future.result()
-            running.pop(future).done = True
+            job = running.pop(future)
+            job.done = future.result() is not False
+            if not job.done:
+                waiting.append(job)
         tick()

@@ -23,7 +23,7 @@ from kedit.data import facts
 from kedit.data.requests import spaced
 from kedit.editors.protocol import Editor, committed
 from kedit.model.lm import LM
-from kedit.store import cache_folder, read, write
+from kedit.store import cache_folder, claim, read, write
 
 log = logging.getLogger(__name__)
 
@@ -272,5 +272,8 @@ class TrainedEditor(Editor):
         """The trained tensors for a model and settings: committed, or in the cache, or trained now."""
         if (found := cls.found(lm.name, lm.fingerprint, hparams)) is not None:
             return found
-        log.info("%s has not been trained for this model, these settings and facts: it is now", cls.label)
-        return cls.train(lm, hparams)
+        with claim(cls._cached(lm.fingerprint, cls.settings(hparams))[0], wait=True):  # somebody else may be at it
+            if (found := cls.found(lm.name, lm.fingerprint, hparams)) is not None:
+                return found
+            log.info("%s has not been trained for this model, these settings and facts: it is now", cls.label)
+            return cls.train(lm, hparams)

@@ -1,5 +1,6 @@
 """Load a model by name, and know where everything is in it."""
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -225,7 +226,7 @@ def _from_wheel(name: str) -> str:
             try:
                 convert_gguf(ggufs[0], converted)
             except SafetensorError as error:  # its writer tells of a full disk in words of its own
-                raise OSError(str(error)) from error
+                raise OSError(errno.EIO, str(error)) from error
             seal(converted, name)
             converted.replace(folder)
     return str(folder)

@@ -6,11 +6,13 @@ every finished cell is on disk at once, under a key made of all it depends on, s
 where it was and a second run finds everything.
 """
 
+import json
 import logging
 import platform
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kedit import KeditError
 from kedit.editors.second_moments import key_of
 from kedit.evaluation import BENCHMARKS, MEASURES, benchmarks
 from kedit.model.journal import Edit
@@ -67,12 +70,14 @@ class Unit:
         checkpoint = f"{self.where['method'] or 'unedited'} {self.count}"
         return f"{checkpoint}: {self.where['benchmark']}" if self.is_cell else checkpoint
 
-    def read(self, store: Store) -> tuple[Cell | EditRecord, float | None]:
-        """What the store holds of it, as the results do, and the seconds it took."""
+    def read(self, store: Store) -> tuple[Cell | EditRecord, float | None] | None:
+        """What the store holds of it, as the results do, and the seconds it took; None if it holds nothing whole."""
+        if (stored := store.get(self.key)) is None:
+            return None
         if self.is_cell:
-            cell = store.get_json(self.key)
+            cell = json.loads(stored)
             return Cell(**self.where, items=cell["items"]), cell["seconds"]
-        edit = Edit.from_bytes(store.get(self.key))
+        edit = Edit.from_bytes(stored)
         seconds = edit.info.pop("seconds", None)  # its digits are no result, so its size is counted without them
         size = len(edit.to_bytes())
         return EditRecord(**self.where, number=self.count, request=edit.request, bytes=size, info=edit.info), seconds
@@ -153,8 +158,8 @@ class Progress:
     def look(self, pending: dict[str, Unit], store: Store) -> None:
         """Count every pending unit that the store has by now."""
         for key in [key for key in pending if store.path(key).exists()]:
-            unit = pending.pop(key)
-            self.done(unit, unit.read(store)[1])
+            if (read := pending[key].read(store)) is not None:
+                self.done(pending.pop(key), read[1])
 
 
 def _jobs(params: Params, model: str, missing: Iterable[Unit], slow: Collection[int]) -> list[Job]:
@@ -183,6 +188,44 @@ def _jobs(params: Params, model: str, missing: Iterable[Unit], slow: Collection[
         if count:
             edited.append(job(line, count, [*unedited, *([edits[line]] if line in edits else [])], asked))
     return [*ready, *unedited, *edits.values(), *edited]
+
+
+def _fill(
+    params: Params,
+    model: str,
+    wanted: Sequence[Unit],
+    slow: Collection[int],
+    executor: Executor,
+    at_once: int | None,
+    progress: Progress,
+) -> tuple[list[tuple[Cell | EditRecord, float | None]], list[Unit]]:
+    """Have everything wanted of one model in the store.
+
+    Args:
+        at_once: how many jobs are done at a time; None for all.
+
+    Returns:
+        what the store holds of each unit, and the units that it lacked.
+
+    Raises:
+        KeditError: the store does not give back what was put into it.
+    """
+    store, rounds = Store(), []
+    while True:
+        records = [unit.read(store) for unit in wanted]
+        missing = [unit for unit, record in zip(wanted, records, strict=True) if record is None]
+        if not rounds:
+            pending = {unit.key: unit for unit in missing}
+            for unit in wanted:
+                if unit.key not in pending:
+                    progress.done(unit)
+        if missing in rounds:
+            raise KeditError(f"{store.folder} does not give back what is written there; look after its disk.")
+        rounds.append(missing)
+        if not missing:
+            return records, rounds[0]
+        jobs = _jobs(params, model, missing, slow)
+        execute(jobs, executor, at_once or len(jobs), partial(progress.look, pending, store))
 
 
 def _workers_that_fit(workers: int, parameters: int, dtype: str) -> int:
@@ -215,16 +258,10 @@ def run(params: Params, workers: int | None = None, scheduler: str | None = None
         progress = Progress(planned(params), workers)
         for model in params.models:
             about[model], states, slow = executor.submit(trajectory.survey, params, model).result()
-            wanted = units(params, model, states)
-            missing = {unit.key: unit for unit in wanted if store.get(unit.key) is None}
-            for unit in wanted:
-                if unit.key not in missing:
-                    progress.done(unit)
-            jobs = _jobs(params, model, missing.values(), slow)
-            at_once = len(jobs) if scheduler else _workers_that_fit(workers, about[model]["parameters"], params.dtype)
-            execute(jobs, executor, at_once, partial(progress.look, dict(missing), store))
-            found += [unit.read(store) for unit in wanted]
-            computed.update("cell" if unit.is_cell else "edit" for unit in missing.values())
+            fit = None if scheduler else _workers_that_fit(workers, about[model]["parameters"], params.dtype)
+            records, missing = _fill(params, model, units(params, model, states), slow, executor, fit, progress)
+            found += records
+            computed.update("cell" if unit.is_cell else "edit" for unit in missing)
     progress.bar.close()
     cells = [record for record, _ in found if isinstance(record, Cell)]
     edits = [record for record, _ in found if isinstance(record, EditRecord)]

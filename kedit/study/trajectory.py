@@ -7,6 +7,7 @@ in the store, so a worker may be any process on any machine that sees the store'
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,10 +19,13 @@ from kedit.editors.second_moments import SecondMoments
 from kedit.evaluation import Examiner
 from kedit.model import lm as models
 from kedit.model.journal import FORMAT, Edit, EditFailed
-from kedit.store import Store, digest
+from kedit.store import Store, claim, digest
 from kedit.study.params import Params
 
 log = logging.getLogger(__name__)
+
+PAUSE = 1.0
+"""Seconds that a worker waits where others are at all that it was to do."""
 
 
 class Line(NamedTuple):
@@ -116,24 +120,48 @@ def prepare(params: Params, model: str, positions: Sequence[int]) -> None:
         trajectory.editor.prepare()
 
 
-def advance(params: Params, model: str, line: Line, count: int, keys: Mapping[str, tuple[str, str]]) -> None:
-    """Bring a model to one checkpoint, and compute cells there.
+def advance(params: Params, model: str, line: Line, count: int, keys: Mapping[str, tuple[str, str]]) -> bool:
+    """Bring a model to one checkpoint, and compute what the store lacks of the cells there.
+
+    A worker claims what it is at: cells each, edits by their trajectory's first.
 
     Args:
-        keys: for each benchmark the key of the cell and that of the unedited model's. What the unedited
-            model generated are the guesses that make generating cheaper, whichever worker does it.
+        keys: for each benchmark the key of the cell and that of the unedited model's.
+
+    Returns:
+        whether all is in the store now; False where a worker of another run is at some of it.
     """
     trajectory = Trajectory(params, model, line)
-    trajectory.advance(count)
+    store, states = trajectory.store, trajectory.states[1 : count + 1]
+    with ExitStack() as claims:
+        lacking = {name: of for name, of in keys.items() if store.get(of[0]) is None}
+        mine = {name: of for name, of in lacking.items() if claims.enter_context(claim(store.path(of[0])))}
+        edited = None not in [store.get(state) for state in states]
+        if (lacking and not mine) or not (edited or claims.enter_context(claim(store.path(states[0])))):
+            time.sleep(PAUSE)
+            return False
+        if mine or not edited:
+            trajectory.advance(count)
+        for name, of in mine.items():
+            if store.get(of[0]) is None:  # it was looked for before it was claimed
+                _ask(params, trajectory, count, name, *of)
+    return len(mine) == len(lacking)
+
+
+def _ask(params: Params, trajectory: Trajectory, count: int, benchmark: str, key: str, unedited: str) -> None:
+    """Compute a cell of the model as it is.
+
+    What the unedited model generated, whose cell's key is ``unedited``, are the guesses that make generating cheaper,
+    whichever worker does it.
+    """
     store, moments, examiner = trajectory.store, trajectory.moments, trajectory.examiner
     # the unedited model is asked about all edits to come, a checkpoint about those made
     requests = trajectory.requests[: count or None]
-    for benchmark, (key, unedited) in keys.items():
-        guesses = store.get_json(unedited)["drafts"] if key != unedited else ()
-        examiner.guesses = {tuple(prompt): tokens for prompt, tokens in guesses}
-        start = time.perf_counter()
-        items = examiner.ask(benchmark, requests=requests, limit=params.limit, text=moments.text, tokens=moments.tokens)
-        cell = {"seconds": round(time.perf_counter() - start, 3), "items": items}
-        if key == unedited:
-            cell["drafts"] = list(examiner.guesses.items())
-        store.put_json(key, cell)
+    first = store.get_json(unedited) if key != unedited else None
+    examiner.guesses = {tuple(prompt): tokens for prompt, tokens in (first or {}).get("drafts", ())}
+    start = time.perf_counter()
+    items = examiner.ask(benchmark, requests=requests, limit=params.limit, text=moments.text, tokens=moments.tokens)
+    cell = {"seconds": round(time.perf_counter() - start, 3), "items": items}
+    if key == unedited:
+        cell["drafts"] = list(examiner.guesses.items())
+    store.put_json(key, cell)

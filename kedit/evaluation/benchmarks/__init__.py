@@ -100,7 +100,7 @@ def metadata(name: str) -> dict[str, Any]:
 def fingerprint(name: str) -> str:
     """Hash of everything that defines a benchmark: its YAML, its items and what they share, its functions and texts.
 
-    Of the paper suite: lm-eval's version, our settings, every item and the exemplars, wherever they came from.
+    Lm-eval's version is in it. Of the paper suite: our settings, every item and the exemplars, from wherever they came.
     """
     config = _config(name)
     parts = [version("lm-eval")]
