@@ -4,14 +4,12 @@ import copy
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import CONTEXTS, HPARAMS, REQUEST
 
 import kedit
 from kedit import KeditError
-from kedit.analysis.verdicts import structure_damage
 from kedit.data.corpus import sequences
 from kedit.evaluation.damage import PROMPT, effective_rank, held_out, measure, singular_values
 from kedit.model.anatomy import matrix
@@ -202,13 +200,3 @@ def test_passages_are_not_those_of_the_second_moments(llama, text):
     assert not used & passages
     with pytest.raises(KeditError, match="fewer than"):
         held_out(llama, text["text"], 2048, 300)
-
-
-def test_the_verdict_follows_the_correlations():
-    columns = ["measure", "rho", "rho_low", "rho_high", "alarm", "collapsed", "before", "lead", "false_alarms"]
-    with_it = ("cosine", -0.9, -1.0, -0.5, 0.1, 2, 1, 5, 0)
-    without = ("condition", -0.3, -0.9, 0.4, 2.0, 2, 2, 5, 0)
-    both = str(structure_damage(pd.DataFrame([with_it, without], columns=columns)))
-    assert "SUPPORTED. 1 of 2 measures" in both
-    assert "cosine, before 1 of 2 collapses" in both
-    assert "INCONCLUSIVE" in str(structure_damage(pd.DataFrame([without], columns=columns)))

@@ -1,7 +1,7 @@
 import pytest
 
 import kedit
-from kedit.analysis.published import decline, published
+from kedit.analysis.published import decline, published, share_kept, twins_apart
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ def test_what_was_not_published_is_empty():
         ("smollm2-135m-instruct", "mmlu"),
         ("meta-llama/Llama-2-7b-hf", "triviaqa"),
         ("meta-llama/Llama-2-7b-hf", "mini_mmlu"),
+        ("meta-llama/Llama-2-7b-hf", "truthfulqa_mc2"),  # what was published is MC1
     ):
         rows = published(model, benchmark)
         assert rows.empty
@@ -49,3 +50,21 @@ def test_decline_is_the_share_of_the_unedited_score():
         decline([9])
     with pytest.raises(kedit.KeditError, match="published model"):
         decline([2], ["smollm2-135m-instruct"])
+
+
+def test_shares_kept_are_those_of_every_model():
+    curves = share_kept().set_index(["model", "method", "edits", "benchmark"]).kept
+    assert curves["Mistral-7B", "rome", 50, "MMLU"] == pytest.approx(0.3864 / 0.6233)
+    assert curves["Mistral-7B-Instruct", "rome", 50, "MMLU"] == pytest.approx(0.77, abs=0.005)
+    assert curves["Llama2-7B", "pmet", 0, "mean"] == 1
+    assert curves["Llama2-7B", "pmet", 1000, "mean"] > 0.92  # no later collapse
+    assert curves["Llama2-7B", "memit", 1000, "mean"] == 0
+    assert len({model for model, *_ in curves.index}) == 11
+    assert ("Llama2-7B", "grace", 20, "mean") not in curves.index  # one of the four is doubtful
+
+
+def test_base_and_tuned_agree_on_llama_only():
+    found = twins_apart().set_index(["model", "method"])
+    assert found.score["Llama2-7B"][["rome", "pmet"]].max() < 0.004
+    assert found.score["Mistral-7B", "rome"] == pytest.approx(0.19, abs=0.005)
+    assert found.kept["Mistral-7B", "memit"] > 0.4

@@ -4,38 +4,10 @@ import numpy as np
 import pytest
 
 from kedit import KeditError
-from kedit.analysis.safety import calibration, commoner
 from kedit.evaluation import benchmarks
 from kedit.evaluation.benchmarks.safety.refusal import declines, speaks
 from kedit.evaluation.harness import SharedPrefixLM, evaluate
 from kedit.model.memory import Memory, Route
-
-
-def two_way(p, right):
-    """An item answered with probability p for choice 1, whose right choice is given."""
-    lp = [math.log(1 - p), math.log(p)]
-    return {"id": "x", "lp": lp, "value": float(int(np.argmax(lp)) == right), "target": right}
-
-
-def test_calibration_by_hand():
-    """Ten answers at 0.8 of which eight are right are calibrated; at 0.95 they are off by 0.15."""
-    calm = [two_way(0.8, int(i < 8)) for i in range(10)]
-    assert calibration(calm) == pytest.approx((0, 2 * (0.8 * 0.2**2 + 0.2 * 0.8**2)))
-    sure, _ = calibration([two_way(0.95, int(i < 8)) for i in range(10)])
-    assert sure == pytest.approx(0.15)
-    # two bins whose errors would cancel in one
-    mixed = [two_way(0.95, int(i < 8)) for i in range(10)] + [two_way(0.65, int(i < 8)) for i in range(10)]
-    assert calibration(mixed)[0] == pytest.approx(0.15)
-    assert calibration(mixed, bins=1)[0] == pytest.approx(0)
-    assert calibration([{"lp": [math.nan, -math.inf], "value": 0.0, "target": 1}]) == (0.5, 0.5)
-
-
-def test_a_constant_answer_is_always_the_commoner():
-    right = [0] * 24 + [1] * 16
-    share, low, high = commoner([two_way(0.9, r) for r in right])
-    assert share == high == 1 > low > 0.9
-    share, low, high = commoner([two_way(0.9 if r else 0.1, r) for r in right])
-    assert low < share == 0.6 < high
 
 
 def test_mc1_by_hand():

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 from scipy.stats import norm, spearmanr
 
+from kedit import KeditError
 from kedit.analysis.damage import ability_kept, damage, predictors
-from kedit.analysis.scores import retention, summarise
+from kedit.analysis.scores import editing, retention, scales, summarise, tenths
 from kedit.study.params import Params
 from kedit.study.results import Cell, EditRecord, Results
 
@@ -54,7 +55,7 @@ def test_clusters_widen_the_interval():
         (80, 80, 0.25, "ok"),
         (30, 80, 0.25, "collapsed"),
         (28, 30, 0.25, "floor"),
-        (5, 8, 0.25, "ok"),  # below chance by more than three errors: off the floor, and nothing to collapse
+        (5, 8, 0.25, "floor"),  # below chance, however far: nothing to lose
         (0, 20, 0.0, "collapsed"),
         (0, 3, 0.0, "floor"),
     ],
@@ -68,6 +69,11 @@ def test_more_orders_do_not_lift_a_benchmark_off_the_floor():
     """What the unedited model answers is the same in every order: one answer an item, however often it stands there."""
     once = items([1.0] * 12 + [0.0] * 28, [1.0] * 12 + [0.0] * 28)
     assert summarise(once, 0.5)["status"] == summarise(once * 2, 0.5)["status"] == "floor"
+
+
+def test_of_unchanged_items_the_exact_bound_is_shown():
+    row = summarise(items([1.0] * 40, [1.0] * 40))
+    assert (row["delta_low"], row["delta_high"]) == pytest.approx((-(1 - 0.05 ** (1 / 40)), 1 - 0.05 ** (1 / 40)))
 
 
 def test_nothing_asked_is_not_zero():
@@ -94,6 +100,63 @@ def test_retention_counts_the_edits_made_since():
     found = retention(Results(params, every, edits, {})).set_index("after")
     assert found.value.to_dict() == {"0": 1.0, "1-2": 1.0, "3-9": 0.0}
     assert found.n.to_dict() == {"0": 2, "1-2": 2, "3-9": 2}
+    (row,) = tenths(Results(params, every, edits, {})).itertuples()
+    assert (row.first, row.last, row.all) == (0, 1, 3 / 5)
+
+
+def test_a_method_edits_if_it_gets_half_way_from_the_control_to_all():
+    def rows(control):
+        reliability = {"rome": 0.65, "kn": 0.6} | ({"control": control} if control is not None else {})
+        return pd.DataFrame(
+            {"model": "m", "method": method, "variant": "default", "order": order, "edits": count, "benchmark": "edit",
+             "metric": metric, "value": value + (order - 0.5) / 10 if metric == "reliability" else 0, "delta": value - 0.4}
+            for method, value in reliability.items() for order in (0, 1) for count in (0, 10)
+            for metric in ("reliability", "locality")
+        )  # fmt: skip
+
+    found = editing(rows(0.26)).set_index("method")
+    assert found.threshold.unique() == pytest.approx([0.63])
+    assert found.editing.to_dict() == {"rome": True, "kn": False, "control": False}
+    assert found.reliability["rome"] == pytest.approx(0.65)
+    assert editing(rows(None)).threshold.tolist() == pytest.approx([0.7, 0.7])  # of the unedited model
+
+
+def choice(lps, target=1, **more):
+    shares = np.exp(lps) / np.exp(lps).sum()
+    return {"id": str(more.pop("id", 0)), "lp": lps, "target": target, "value": float(np.argmax(lps) == target),
+            "graded": float(shares[target]), "parsed": True} | more  # fmt: skip
+
+
+def test_scales_of_a_two_way_benchmark():
+    answers = [choice([-2.0, -1.0], 1, id=1), choice([-1.0, -3.0], 0, id=2), choice([-1.0, -1.5], 1, id=3)]
+    found = scales("mini_toxigen", answers)
+    assert {scale: numbers.mean() for scale, (_, numbers, _) in found.items()} == pytest.approx(
+        {"value": 2 / 3, "graded": np.mean([item["graded"] for item in answers]), "discrimination": 1.0, "bias": 2 / 3}
+    )
+    assert list(scales("mini_mmlu", [choice([-1.0, -2.0, -3.0, -4.0])])) == ["value", "graded"]
+
+
+def test_what_is_not_finite_scores_chance_on_every_scale():
+    broken = [choice([math.nan, -1.0], i % 2, id=i) | {"graded": 0.0, "value": 1.0, "parsed": False} for i in range(4)]
+    found = scales("mini_toxigen", broken)
+    assert {scale: numbers.mean() for scale, (_, numbers, _) in found.items()} == {
+        "value": 0.5, "graded": 0.5, "discrimination": 0.5, "bias": 1.0}  # fmt: skip
+
+
+def test_refusals_by_log_odds():
+    odds = {"a": 2.0, "b": 1.0, "c": -1.0, "d": 1.5}
+    asked = [
+        {"id": name, "harmful": name in "ab", "refused": value > 1, "log_odds": value} for name, value in odds.items()
+    ]
+    found = scales("refusal", asked)
+    assert found["value"][0] == ["a", "b"]
+    means = {scale: numbers.mean() for scale, (_, numbers, _) in found.items()}
+    assert means == pytest.approx({"value": 0.5, "log_odds": 1.5, "discrimination": 3 / 4})
+
+
+def test_cells_of_an_older_version_are_one_sentence():
+    with pytest.raises(KeditError, match=r"mini_mmlu have no graded: .* run them again"):
+        scales("mini_mmlu", [{"id": "1", "value": 1.0, "lp": [-1.0, -2.0], "target": 0, "parsed": True}])
 
 
 def trajectory(method, share, **measures):
@@ -125,21 +188,23 @@ def test_damage_is_one_number_a_measure():
 
 
 def test_kept_is_the_share_above_chance_off_the_floor():
-    def row(benchmark, value, base, chance, status="ok", edits=5):
+    def row(benchmark, value, base, chance, status="ok", edits=5, metric="acc"):
         return {"model": "m", "method": "a", "variant": "default", "order": 0, "edits": edits, "benchmark": benchmark,
-                "value": value, "delta": value - base, "chance": chance, "status": status}  # fmt: skip
+                "value": value, "delta": value - base, "chance": chance, "status": status, "metric": metric}  # fmt: skip
 
     rows = [
         row("mini_mmlu", 0.4, 0.65, 0.25),  # 0.15 of 0.4 left
         row("mini_gsm8k", 0.6, 0.8, 0.0, "collapsed"),
         row("mini_bbh", 0.1, 0.3, 0.25, "floor"),
-        row("mini_truthfulqa", 0.4, 0.3, 0.5),  # below chance from the start: nothing above it to keep
-        row("edit", 1.0, 0.0, math.nan),
-        row("mini_csqa", 0.5, 0.6, 0.2, "failed"),
+        row("mini_toxigen", 0.5, 0.9, 0.5),  # of safety, no general ability
+        row("edit", 1.0, 0.0, math.nan, metric="reliability"),
+        row("mini_csqa", 0.2, 0.6, 0.2, "failed"),  # scores chance (scores.scales)
         row("mini_mmlu", 0.65, 0.65, 0.25, edits=0),
+        row("mini_mmlu", 0.45, 0.65, 0.25, metric="graded"),
     ]
     found = ability_kept(pd.DataFrame(rows)).set_index("edits").kept
     assert found.to_dict() == pytest.approx({5: (0.375 + 0.75 + 0) / 3, 0: 1.0})
+    assert ability_kept(pd.DataFrame(rows), "graded").kept.tolist() == pytest.approx([0.5])
 
 
 def test_predictors_rank_and_lead():
@@ -168,6 +233,9 @@ def test_predictors_rank_and_lead():
     assert found.index[0] == "perplexity"
     assert found.rho["entropy"] == 0
     assert (found.collapsed == 2).all()
+    # within each method both fall in step with every measure that varies, whatever lies between the methods
+    assert found.within["perplexity"] == pytest.approx(found.within["relative"], abs=0.1)
+    assert found.within["perplexity"] < -0.9
     # collapse at 30 and at 100 edits; the change crosses a tenth at 1 and at 10, the perplexity doubles with the fall
     assert (found.before["relative"], found.lead["relative"], found.false_alarms["relative"]) == (2, (29 + 90) / 2, 1)
     assert (found.before["perplexity"], found.lead["perplexity"], found.false_alarms["perplexity"]) == (0, 0, 0)
