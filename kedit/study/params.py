@@ -1,6 +1,7 @@
 """What a run covers: a parameter file, checked."""
 
 import hashlib
+import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ def _each_once(values: list) -> list:
 EACH_ONCE = AfterValidator(_each_once)
 NAMES = Field(min_length=1, description="a list of names, each once")
 NUMBERS = Field(min_length=1, description="a list of whole numbers from 0 up, each once")
-PLAIN = Field(pattern=r"\A\w[\w.-]*\Z", description="a plain name: letters, digits, and . _ - within")
+PLAIN = Field(pattern=r"^\w[\w.-]*$", description="a plain name: letters, digits, and . _ - within")
 METHODS = "a list of names, or of mappings of method, variant and hparams, each method and variant once"
 Number = Annotated[int, Field(ge=0)]
 
@@ -87,7 +88,7 @@ class Params(_Mapping):
 
     rq: Annotated[str, PLAIN]
     name: Annotated[str, PLAIN]
-    models: Annotated[list[str], NAMES, EACH_ONCE]
+    models: Annotated[list[Annotated[str, Field(min_length=1)]], NAMES, EACH_ONCE]
     methods: Annotated[list[Method], EACH_ONCE] = Field(min_length=1, description=METHODS)
     edits: Annotated[list[Number], NUMBERS, EACH_ONCE, AfterValidator(lambda edits: sorted({0, *edits}))]
     benchmarks: Annotated[list[str], NAMES, EACH_ONCE]
@@ -136,6 +137,10 @@ class Params(_Mapping):
         Raises:
             KeditError: naming the file, the key and the remedy.
         """
+        try:
+            json.dumps(dict(values), ensure_ascii=False, skipkeys=True, default=str).encode()
+        except (ValueError, RecursionError) as error:
+            raise KeditError(f"{where}: holds what cannot be written ({error}).") from error
         try:
             if wrong := [key for key in values if key not in KEYS]:
                 raise unknown("key", wrong[0], KEYS)

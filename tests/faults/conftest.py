@@ -1,11 +1,7 @@
-"""One world of tiny runs for all faults, what an undisturbed run makes of it, and how many faults are injected."""
-
-import os
+"""One world of tiny runs for all faults, what an undisturbed run makes of it."""
 
 import pytest
 import tiny
-
-FULL = os.environ.get("KEDIT_FAULTS") == "full"
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,9 @@ import json
 import os
 from pathlib import Path
 
+FULL = os.environ.get("KEDIT_FAULTS") == "full"
+"""Whether as many faults are injected as `make faults` counts, or the few of `make test`."""
+
 
 def record(fault_class: str, handled: int = 1, wrong: int = 0) -> None:
     """Note some cases of a class; nothing happens unless the environment names a file.

@@ -8,8 +8,7 @@ from pprint import pformat
 
 import pytest
 import tiny
-from conftest import FULL
-from record import record
+from record import FULL, record
 
 import kedit
 from kedit import KeditError

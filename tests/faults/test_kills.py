@@ -9,8 +9,7 @@ from pprint import pformat
 
 import pytest
 import tiny
-from conftest import FULL
-from record import record
+from record import FULL, record
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,7 @@ from pprint import pformat
 
 import pytest
 import tiny
-from conftest import FULL
-from record import record
+from record import FULL, record
 
 import kedit
 from kedit.__main__ import main
