@@ -74,7 +74,7 @@ pico: $(READY) ## train the pico models anew, on all cores
 	$(PY) -m kedit pico
 
 faults: $(READY) ## kill, fill, damage and collide tiny runs (an hour or two); the table goes to tests/faults/README.md
-	$(PY) -m tests.faults
+	$(PY) tests/faults
 
 licences: $(READY) ## LICENSES.md anew: what `make` installs, and under which licence
 	$(PY) tests/licences.py

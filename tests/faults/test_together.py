@@ -1,12 +1,14 @@
 """Several runs on one store, and a run on a cluster that loses parts: the same results, or one sentence."""
 
 import http.server
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from pprint import pformat
 
 import pytest
@@ -40,11 +42,16 @@ def test_runs_that_share_a_store_from_the_first_load_on(runs_at_once, world, who
     assert not wrong, pformat(wrong)
 
 
-def dask(*words: str) -> subprocess.Popen:
-    """A part of a cluster that listens on this machine only."""
+def dask(world: tiny.World, runs: Path, *words: str) -> subprocess.Popen:
+    """A part of a cluster that listens on this machine only, and knows the tiny model."""
     on = ["--no-dashboard", "--dashboard-address", "127.0.0.1:0", "--interface", "lo"]
     return subprocess.Popen(
-        [sys.executable, "-m", "dask", *words, *on], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "dask", *words, *on],
+        cwd=world.folder,
+        env={**os.environ, **world.environment(runs, "")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -56,9 +63,10 @@ def test_a_scheduler_that_dies_is_one_sentence_and_a_run_goes_on_without_it(worl
     wrong = {}
     for case in range(6 if FULL else 1):
         runs = tmp_path / f"{case}"
-        scheduler = dask("scheduler", "--port", "0")
+        runs.mkdir()
+        scheduler = dask(world, runs, "scheduler", "--port", "0")
         address = next(line.split()[-1] for line in scheduler.stdout if "Scheduler at:" in line)
-        worker = dask("worker", address, "--nworkers", "1", "--nthreads", "1")
+        worker = dask(world, runs, "worker", address, "--nworkers", "1", "--nthreads", "1")
         started = world.fork(runs, partial(spread, address))
         while started.running() and len(tiny.units(runs)) < 1 + 3 * case:
             time.sleep(0.01)

@@ -104,7 +104,8 @@ class World:
         (folder / "rq1").mkdir()
         (folder / "rq1" / "tiny.yaml").write_text(yaml.safe_dump(GRID))
 
-    def _environment(self, runs: Path, mark: str) -> dict[str, str]:
+    def environment(self, runs: Path, mark: str) -> dict[str, str]:
+        """What a process of a run must be told."""
         return {
             "PYTHONPATH": os.pathsep.join([str(self.folder / "wheel"), str(kedit.ROOT)]),
             "HOME": str(runs / "home"),
@@ -124,7 +125,7 @@ class World:
             process = subprocess.Popen(
                 [sys.executable, "-m", "kedit", *(words or ("reproduce", "rq1/tiny.yaml", "--workers", "1"))],
                 cwd=self.folder,
-                env={**os.environ, "KEDIT_CACHE": "", **self._environment(runs, mark)},
+                env={**os.environ, "KEDIT_CACHE": "", **self.environment(runs, mark)},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -155,7 +156,7 @@ class World:
         try:
             os.setsid()
             _redirect(output)
-            os.environ.update(self._environment(runs, mark), KEDIT_CACHE="")
+            os.environ.update(self.environment(runs, mark), KEDIT_CACHE="")
             sys.path.insert(0, str(self.folder / "wheel"))
             os.chdir(self.folder)
             signal.signal(signal.SIGINT, signal.default_int_handler)
