@@ -45,6 +45,58 @@ def search(lm, texts, kl_text, target, layer, init, settings):
             delta *= min(1.0, (settings.clamp_norm_factor * init.norm() / delta.norm()).item())
 
 
+def left_padded(lm, rows):
+    """What a tokenizer with ``padding_side="left"`` gives."""
+    return lm.tokenizer.pad({"input_ids": [list(row) for row in rows]}, padding_side="left", return_tensors="pt")
+
+
+def pmet_counted_from_the_left(lm, texts, kl_text, target, layer, settings):
+    """PMET's search in one batch padded on the left, every position counted from the left: z of the MLP (d,), losses."""
+    batch = left_padded(lm, [[*text.ids, *target[:-1]] for text in texts] + [kl_text.ids])
+    places = [text.lookup for text in texts] + [kl_text.lookup]
+    sites, inits, before, losses, factor = [lm.anatomy.down(layer), lm.anatomy.attn_out(layer)], {}, None, [], 1.0
+    deltas = [torch.zeros(lm.model.config.hidden_size, requires_grad=True) for _ in sites]
+    optimiser = torch.optim.Adam(deltas, lr=settings.lr)
+
+    def add(number):
+        def hook(_, __, output):
+            inits.setdefault(number, output[0, places[0]].detach().clone())
+            shifts = torch.zeros(*output.shape[:2], 1)
+            for row, place in enumerate(places):
+                shifts[row, place] = 1.0
+            return output + shifts * deltas[number]
+
+        return hook
+
+    for step in range(settings.steps + 1):
+        with torch.enable_grad():
+            handles = [site.register_forward_hook(add(number)) for number, site in enumerate(sites)]
+            logprobs = lm.model(**batch).logits.log_softmax(-1)
+            for handle in handles:
+                handle.remove()
+            nll, hit = 0.0, True
+            for row, text in enumerate(texts):
+                length = len(text.ids) + len(target) - 1
+                for place, token in zip(range(length - len(target), length), target, strict=True):
+                    nll = nll - logprobs[row, place, token] / len(target) / len(texts)
+                    hit &= bool(logprobs[row, place].argmax() == token)
+            now = logprobs[-1, kl_text.lookup]
+            before = now.detach() if before is None else before
+            kl = settings.kl_factor * torch.nn.functional.kl_div(before, now, log_target=True, reduction="sum")
+            decay = sum(delta.norm() / inits[number].norm() ** 2 for number, delta in enumerate(deltas))
+            loss = factor * nll + kl + settings.weight_decay * decay
+        losses.append(loss.item())
+        if loss < STOP or step == settings.steps or (hit and kl <= 0.01):
+            return inits[0] + deltas[0].detach(), losses
+        factor = 0.1 if hit else 1.0
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            for number, delta in enumerate(deltas):
+                delta *= min(1.0, (settings.clamp_norm_factor * inits[number].norm() / delta.norm()).item())
+
+
 def ridge(moment, mom2_weight, keys):
     """(mom2_weight C + K K^T)^-1 K with the m x m matrix formed and solved; keys (m, n) -> (m, n)."""
     return torch.linalg.solve(mom2_weight * moment.double() + keys @ keys.T, keys)

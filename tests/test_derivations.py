@@ -13,7 +13,7 @@ from kedit.editors.kn import attributions
 from kedit.editors.pmet import adding
 from kedit.editors.value_search import Objective, search
 from kedit.model.anatomy import matrix
-from kedit.model.forward import activations, hooked, lookup_text, lookup_texts
+from kedit.model.forward import activations, capture, hooked, lookup_text, lookup_texts
 
 
 def delta_of(editor, texts, init, subject="France"):
@@ -147,6 +147,36 @@ def test_pmet_is_the_normal_equations_of_the_mlp_alone(lm, statistics, moments):
         solved = plain.ridge(moments[layer], hparams["mom2_weight"], key[:, None])
         expected = (left / (2 - position) ** 0.5)[:, None] @ solved.T
         assert close(news[layer] - olds[layer], expected)
+        matrix(lm.anatomy.down(layer)).copy_(olds[layer] + expected)
+
+
+def test_pmet_counted_from_the_left_in_batches_padded_on_the_left(lm, statistics, moments):
+    """Search, keys and update of the released code with really padded batches; what is left of z is read without."""
+    request = EditRequest("The capital city of {} is", "France", "Rome London", "Paris")
+    hparams = HPARAMS["pmet"] | {"steps": 7, "kl_factor": 0.0625, "lr": 0.5, "left_padding": True}
+    editor = kedit.editor("pmet", lm, hparams=hparams, statistics=statistics(lm), contexts=CONTEXTS)
+    texts, target = lookup_texts(lm, request, CONTEXTS), editor.target_ids(request)
+    assert len({len(text.ids) for text in texts}) == 3
+    lm.model.set_attn_implementation("eager")
+    assert len(target) > 1
+    kl_text = lookup_text(lm, "{} is a", "France")
+    z, losses = plain.pmet_counted_from_the_left(lm, texts, kl_text, target, 2, editor.hparams)
+    olds = weights(lm, [1, 2])
+    lm.model.set_attn_implementation("sdpa")
+    edit = editor.apply(request)
+    assert lm.model.config._attn_implementation == "sdpa"
+    lm.model.set_attn_implementation("eager")
+    news = weights(lm, [1, 2])
+    assert edit.info["loss"] == pytest.approx(losses[-1], rel=1e-3)
+    edit.undo()
+    for position, layer in enumerate((1, 2)):
+        with capture(lm, {0: lm.anatomy.down(layer)}, inputs=True) as seen:
+            lm.model(**plain.left_padded(lm, [text.ids for text in texts]))
+        keys = torch.stack([seen[0][row, text.lookup].double() for row, text in enumerate(texts)])
+        left = z.double() - activations(lm, texts[:1], [2], "value")[2][0].double()
+        solved = plain.ridge(moments[layer], hparams["mom2_weight"], ((keys[0] + keys[1:].mean(0)) / 2)[:, None])
+        expected = (left / (2 - position) ** 0.5)[:, None] @ solved.T
+        assert close(news[layer] - olds[layer], expected, 2e-3)
         matrix(lm.anatomy.down(layer)).copy_(olds[layer] + expected)
 
 

@@ -36,9 +36,13 @@ class MEMIT(locate_then_edit.LocateThenEdit):
     Hparams = Hparams
     site = "block"  # where z is optimised: the residual stream after the last edited layer
 
+    def _keys(self, texts: Sequence[LookupText], layer: int) -> Tensor:
+        """The key in each context: (texts, m)."""
+        return activations(self.lm, texts, [layer], "key")[layer]
+
     def _key(self, texts: Sequence[LookupText], layer: int) -> Tensor:
         """Mean of group means: the bare prompt counts as much as all prefixed ones. (m,) float64."""
-        keys = activations(self.lm, texts, [layer], "key")[layer].double()
+        keys = self._keys(texts, layer).double()
         return (keys[0] + keys[1:].mean(0)) / 2 if len(keys) > 1 else keys[0]
 
     def _spread(self, residual: Tensor, layers: int) -> Tensor:
