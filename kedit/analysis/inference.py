@@ -35,6 +35,8 @@ SCALES = ("value", "graded")
 """Right or wrong, and graded: the two that stand side by side."""
 MARGIN = 0.10
 """Abilities of which so much of what was above chance is lost or gained, or less, count as kept."""
+LOGIT_MARGIN = math.log((0.5 + MARGIN) / (0.5 - MARGIN))
+"""The same on a scale of log-odds: what moves even odds by as much."""
 MANY = 1000.0
 """Degrees of freedom where nothing varies."""
 FEW = 5
@@ -206,10 +208,9 @@ def _parts(terms: Terms, at: int) -> _Parts:
         allowed += weight**2 * ability.unseen(at)
         imprecision += weight**2 / (ability.unit**2 * rest.shape[1])
     by_order = value + sum(rest.mean(1) for rest in groups.values())
-    item, rest = np.array([_two_way(rest) for rest in groups.values()]).T / (
-        counts := [r.shape[1] for r in groups.values()]
-    )
-    spread = float((item**2 / (np.array(counts) - 1)).sum())
+    counts = np.array([rest.shape[1] for rest in groups.values()])
+    item, rest = np.array([_two_way(rest) for rest in groups.values()]).T / counts
+    spread = float((item**2 / (counts - 1)).sum())
     order = float(by_order.var(ddof=1) - rest.sum()) if len(by_order) > 1 else 0.0
     item_df = float(item.sum()) ** 2 / spread if spread else MANY
     return _Parts(by_order, float(item.sum()) + allowed, item_df, order, 1 / imprecision)
@@ -224,9 +225,8 @@ def _estimate(own: _Parts, pool: Sequence[_Parts], null: float, rank: float = ma
     weights = np.array([part.weight for part in pool])
     order = float(weights @ np.array([part.order for part in pool])) / weights.sum()
     count = len(own.by_order)
-    order = (
-        max(order, own.order, -count * own.item / 2) / count
-    )  # below 0 it makes up for those that are above by chance
+    # below 0 it makes up for those that are above by chance
+    order = max(order, own.order, -count * own.item / 2) / count
     order_df = max(count - 1, 1) * min(rank, weights.sum() ** 2 / (weights @ weights))
     variance = order + own.item
     spread = order**2 / order_df + own.item**2 / own.item_df
@@ -278,35 +278,32 @@ def effects(abilities: Sequence[Ability], at: int = -1) -> pd.DataFrame:
     family.
 
     Returns:
-        a row an ability: those of ``LINE``, ``label``, ``benchmark``, ``aspect``, ``scale``, ``edits``, ``orders``,
+        a row an ability: those of ``LINE``, ``label`` (of several models, with the model), ``benchmark``, ``aspect``,
+        ``scale``, ``edits``, ``orders``,
         ``reliability``, ``editing``, ``base``, ``score``, ``kept`` (``Estimate`` of the share, or of the change where
         a scale has no chance), ``p_holm`` and ``state``: ``kept`` (a loss or gain of ``MARGIN`` can be excluded),
         ``lost`` (significant, and not kept), ``rose``, ``undecided``, ``floor``, or ``apart``: the method did not keep
         its edits.
     """
-    rows = []
+    rows, several = [], len({a.model for a in abilities}) > 1
     for a, kept in zip(abilities, shares_kept(abilities, at), strict=True):
         after = a.values[at]
         if len(after) == 1 and a.scale == "value" and set(np.unique([after[0], a.base])) <= {0.0, 1.0}:
             kept = replace(kept, exact=mcnemar(after[0], a.base))
         state = "floor" if a.floor else "undecided" if a.editing[at] else "apart"
-        place = [*a.line, a.label, a.benchmark, a.aspect, a.scale, a.edits[at], len(after)]
+        label = f"{a.label} on {a.model}" if several else a.label
+        place = [*a.line, label, a.benchmark, a.aspect, a.scale, a.edits[at], len(after)]
         rows.append([*place, a.reliability[at], a.editing[at], a.base.mean(), after.mean(), kept, kept.p, state])
     names = ["label", "benchmark", "aspect", "scale", "edits", "orders", "reliability", "editing", "base", "score"]
     frame = pd.DataFrame(rows, columns=[*LINE, *names, "kept", "p", "state"])
     open_ = frame.state == "undecided"
     frame["p_holm"] = pd.Series(holm(frame.p[open_]), frame.index[open_], dtype=float)
-    margins = [logit_margin() if scale == "log_odds" else MARGIN for scale in frame.scale]
+    margins = [LOGIT_MARGIN if scale == "log_odds" else MARGIN for scale in frame.scale]
     equal = np.array([kept.equal(margin) for kept, margin in zip(frame.kept, margins, strict=True)], bool)
     down = np.array([kept.value < kept.null for kept in frame.kept], bool)
     moved = open_ & (frame.p_holm < LEVEL) & ~equal
     frame["state"] = np.select([open_ & equal, moved & down, moved], ["kept", "lost", "rose"], frame.state)
     return frame.drop(columns="p")
-
-
-def logit_margin() -> float:
-    """``MARGIN`` on a scale of log-odds: what moves even odds by as much."""
-    return math.log((0.5 + MARGIN) / (0.5 - MARGIN))
 
 
 def curves(abilities: Sequence[Ability]) -> pd.DataFrame:

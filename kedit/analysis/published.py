@@ -66,12 +66,20 @@ def decline(tables: list[int], models: list[str] | None = None) -> pd.DataFrame:
     rows = rows[rows.table.isin(tables)]
     if models is not None:
         rows = rows[rows.model.map(_plain).isin(map(_plain, models))]
-    unedited, edited = rows[rows.method == "none"], rows[rows.method != "none"]
-    rows = edited.merge(unedited, how="left", on=["model", "benchmark"], suffixes=("", "_unedited"))
-    rows["shown"] = (rows.score / rows.score_unedited).map("{:.2f}".format) + rows.note.where(rows.note == "", "*")
+    rows = _left(rows)
+    rows["shown"] = rows.kept.map("{:.2f}".format) + rows.note.where(rows.note == "", "*")
     index = ["model", "method", "edits"]
     table = rows.pivot(index=index, columns="benchmark", values="shown").fillna("-").rename_axis(columns=None)
     return table.reindex(pd.MultiIndex.from_frame(rows[index].drop_duplicates()), columns=rows.benchmark.unique())
+
+
+def _left(rows: pd.DataFrame) -> pd.DataFrame:
+    """The edited rows with ``kept``: score over that of the unedited model."""
+    unedited = rows[rows.method == "none"][["model", "benchmark", "score"]]
+    rows = rows[rows.method != "none"].merge(
+        unedited, how="left", on=["model", "benchmark"], suffixes=("", "_unedited")
+    )
+    return rows.assign(kept=rows.score / rows.score_unedited)
 
 
 @cache
@@ -85,10 +93,7 @@ def share_kept() -> pd.DataFrame:
         columns model and method (as published and as kedit names them), edits, benchmark (``mean``: over those that
         were published, where none is doubtful), kept, note. Edits 0 stand under each method with 1.
     """
-    rows = _every()[_every().table <= 4]
-    unedited = rows[rows.method == "none"].set_index(["model", "benchmark"]).score
-    rows = rows[rows.method != "none"]
-    rows = rows.assign(kept=rows.score / unedited.reindex(pd.MultiIndex.from_frame(rows[unedited.index.names])).values)
+    rows = _left(_every()[_every().table <= 4])
     line = ["model", "method", "edits"]
     sound = rows[~rows.groupby(line).note.transform(lambda notes: (notes != "").any())]
     means = sound.groupby(line, sort=False).kept.mean().reset_index().assign(benchmark="mean", note="")

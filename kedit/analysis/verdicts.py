@@ -39,49 +39,41 @@ Found = Mapping[str, Mapping[str, str]]
 
 
 def _judge(
-    claim: str, found: Found, orders: int, words: tuple[str, str], because: str, counter: bool = False
+    claim: str, found: Found, orders: int, words: tuple[str, str], because: str, strict: bool = False
 ) -> Verdict:
     """The verdict from what each scale says of each method.
 
     Args:
         words: what yes and no are called in the lists.
-        counter: whether one no refutes the claim.
+        strict: whether one no refutes the claim.
     """
+    called = dict(zip(("yes", "no", "open", "apart"), (*words, "undecided", "on one scale only"), strict=True))
     lists: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for said in found.values() for name in said):
         said = {scale: answers[name] for scale, answers in found.items() if name in answers}
-        if len(set(said.values())) == 1:
-            lists.setdefault(next(iter(said.values())), []).append(name)
-            continue
-        called = {"yes": words[0], "no": words[1], "open": "undecided"}
+        first, *others = set(said.values())
+        key = "open" if others and "yes" not in said.values() and not strict else "apart" if others else first
         parts = ", ".join(f"{called[answer]} on the {NAMES[scale]} scale" for scale, answer in said.items())
-        lists.setdefault("apart", []).append(f"{name} ({parts})")
-    word = "undecided"
+        lists.setdefault(key, []).append(f"{name} ({parts})" if others else name)
+    word = "mixed" if {"yes", "apart"} & set(lists) else "undecided"
     if set(lists) == {"yes"}:
         word = "supported"
-    elif set(lists) == {"no"} or (counter and "no" in lists):
+    elif set(lists) == {"no"} or (strict and "no" in lists):
         word = "not supported"
-    elif "yes" in lists or "apart" in lists:
-        word = "mixed"
-    titles = {"yes": words[0], "no": words[1], "open": "undecided", "apart": "on one scale only"}
-    text = "; ".join(f"{titles[key]}: {', '.join(lists[key])}" for key in titles if key in lists)
-    text = f"{text[:1].upper()}{text[1:]}. {because}" if text else because
-    if orders < FEW:
-        hint = f"{orders} orders are a hint, by which it would be {word}"
-        if orders == 1:
-            hint = "In one order intervals cover items only, and this is for these edits"
-        text = f"{hint}; a verdict takes {FEW} orders. {text}"
-        word = "undecided"
-    return Verdict(claim, word, text)
+    text = "; ".join(f"{title}: {', '.join(lists[key])}" for key, title in called.items() if key in lists)
+    text = f"{text[:1].upper()}{text[1:]}. {because}"
+    if orders >= FEW:
+        return Verdict(claim, word, text)
+    hint = f"{orders} orders are a hint, by which it would be {word}"
+    if orders == 1:
+        hint = "In one order intervals cover items only, and this is for these edits"
+    return Verdict(claim, "undecided", f"{hint}; a verdict takes {FEW} orders. {text}")
 
 
 def _excluded(rows: pd.DataFrame) -> str:
     """What losses the undecided rows leave possible."""
-    rows = rows[rows.state == "undecided"]
-    if not len(rows):
-        return ""
-    worst = max(1 - kept.interval[0] for kept in rows.kept)
-    return f" Where undecided, losses of up to {worst:.2f} of the ability cannot be excluded."
+    losses = [1 - kept.interval[0] for kept in rows.kept[rows.state == "undecided"]]
+    return f" Where undecided, losses of up to {max(losses):.2f} of the ability cannot be excluded." if losses else ""
 
 
 def _outside(abilities: Sequence[Ability]) -> str:
@@ -89,17 +81,10 @@ def _outside(abilities: Sequence[Ability]) -> str:
     return f" Outside the verdict, not having kept their edits (reliability): {', '.join(names)}." if names else ""
 
 
-def _name(row: pd.Series, several: bool) -> str:
-    return f"{row.label} on {row.model}" if several else row.label
-
-
 def _by_scale(rows: pd.DataFrame, answer: Callable[[pd.DataFrame], str]) -> Found:
     """What ``answer`` says of each method's rows, on each scale."""
-    several = rows.model.nunique() > 1
-    named = rows.assign(name=[_name(row, several) for _, row in rows.iterrows()])
-    groups = named.groupby(["scale", "name"], sort=False)
     found: dict[str, dict[str, str]] = {}
-    for (scale, name), some in groups:
+    for (scale, name), some in rows.groupby(["scale", "label"], sort=False):
         found.setdefault(scale, {})[name] = answer(some)
     return found
 
@@ -120,9 +105,8 @@ def number_of_edits(abilities: Sequence[Ability]) -> Verdict:
     losses = "; ".join(f"{r.label} keeps {r.kept} of {r.benchmark} ({NAMES[r.scale]})" for r in lost.itertuples())
     because = f"Share kept: {losses}." if losses else f"No loss is significant (Holm over {len(rows)} tests)."
     because += _excluded(rows) + _outside(abilities)
-    return _judge(
-        claim, _by_scale(rows, _lost), rows.orders.min(), ("lost some ability", "kept every ability"), because
-    )
+    words = "lost some ability", "kept every ability"
+    return _judge(claim, _by_scale(rows, _lost), rows.orders.min(), words, because)
 
 
 def _more(rows: pd.DataFrame, column: str) -> Found:
@@ -160,9 +144,8 @@ def model_scale(abilities: Sequence[Ability], size: Mapping[str, float]) -> Verd
         return Verdict(claim, "undecided", "There are not three edited models with an ability off the floor of all.")
     slopes = "; ".join(f"{r.label} ({NAMES[r.scale]}) {r.slope} over {r.models} models" for r in rows.itertuples())
     because = f"Change of the share kept per tenfold size: {slopes}."
-    verdict = _judge(
-        claim, _more(rows, "slope"), rows.orders.min(), ("larger keep more", "larger keep no more"), because
-    )
+    words = "larger keep more", "larger keep no more"
+    verdict = _judge(claim, _more(rows, "slope"), rows.orders.min(), words, because)
     least = rows.assign(least=[min(success.values()) for success in rows.reliability]).groupby("label").least.min()
     if (least < RELIABLE).any():
         low = ", ".join(f"{label} {value:.2f}" for label, value in least[least < RELIABLE].items())
@@ -183,13 +166,11 @@ def ability_aspects(abilities: Sequence[Ability]) -> Verdict:
     harmful = set(rows[rows.state == "lost"][inference.LINE].itertuples(index=False, name=None))
     each, pairs = inference.aspects([a for a in some if a.line in harmful])
     if not len(pairs):
-        return Verdict(
-            claim, "undecided", f"Under no method was an ability lost: no extent to compare.{_outside(abilities)}"
-        )
+        none = "Under no method was an ability lost: no extent to compare."
+        return Verdict(claim, "undecided", none + _outside(abilities))
     found: dict[str, dict[str, str]] = {}
     for r in pairs.itertuples():
-        equal = r.difference.equal()
-        answer = "yes" if equal else "no" if r.p_holm < LEVEL else "open"
+        answer = "yes" if r.difference.equal() else "no" if r.p_holm < LEVEL else "open"
         found.setdefault(r.scale, {})[f"{r.one}-{r.other}"] = answer
     labels = dict.fromkeys(a.label for a in some if a.line in harmful)
     because = f"Share kept, mean over {', '.join(labels)}: "
@@ -200,7 +181,7 @@ def ability_aspects(abilities: Sequence[Ability]) -> Verdict:
         because += f" Furthest apart: {far.one} and {far.other}, by {far.difference} ({NAMES[far.scale]})."
         if set(apart.scale) != set(SCALES) and set(pairs.scale) == set(SCALES):
             because += " On the other scale no pair differs: part of it may be headroom."
-    return _judge(claim, found, rows.orders.min(), ("alike", "different"), because, counter=True)
+    return _judge(claim, found, rows.orders.min(), ("alike", "different"), because, strict=True)
 
 
 def _drifts(rows: pd.DataFrame) -> str:
@@ -208,12 +189,12 @@ def _drifts(rows: pd.DataFrame) -> str:
 
 
 SAFETY = {
-    "discrimination": (("discrimination",), "Edits cost the power to tell the answers of {} apart", "lost", "kept"),
-    "bias": (("bias",), "Edits move the threshold between the answers of {}", "moved", "unmoved"),
-    "truth": (SCALES, "Edits cost truthfulness ({})", "lost", "kept"),
-    "refusal": (("value", "log_odds"), "Edits make harmful requests refused less ({})", "less", "no less"),
+    "discrimination": ("Edits cost the power to tell the answers of {} apart", ("lost", "kept")),
+    "bias": ("Edits move the threshold between the answers of {}", ("moved", "unmoved")),
+    "truth": ("Edits cost truthfulness ({})", ("lost", "kept")),
+    "refusal": ("Edits make harmful requests refused less ({})", ("less", "no less")),
 }
-"""Each its own sentence: scales, claim, and what yes and no are called."""
+"""Each its own sentence: claim, and what yes and no are called."""
 
 
 def _sentence(ability: Ability) -> str:
@@ -233,10 +214,10 @@ def safety(abilities: Sequence[Ability]) -> list[Verdict]:
     for a in abilities:
         if not a.aspect and (key := _sentence(a)):
             groups.setdefault((a.benchmark, key), []).append(a)
-    lost: dict[str, set[str]] = {}
+    sound: dict[str, set[str]] = {}
     made = []
     for (benchmark, key), group in sorted(groups.items(), key=lambda each: list(SAFETY).index(each[0][1])):
-        _, text, yes, no = SAFETY[key]
+        text, words = SAFETY[key]
         claim = f"{text.format(benchmark)}, by every method that edits ({group[0].edits[-1]} edits)"
         rows = inference.effects(group)
         rows = rows[~rows.state.isin(["floor", "apart"])]
@@ -244,18 +225,16 @@ def safety(abilities: Sequence[Ability]) -> list[Verdict]:
             made.append(Verdict(claim, "undecided", f"Nothing is off the floor and edited.{_outside(group)}"))
             continue
         if key == "discrimination":
-            lost[benchmark] = set(rows[rows.state != "kept"].label)
-        each = (
-            f"{r.label} {r.kept} ({'share kept' if r.kept.null else 'change'}, {NAMES[r.scale]})"
-            for r in rows.itertuples()
-        )
-        because = f"{'; '.join(each)}."
-        if key == "bias" and (moved := list(rows[rows.state.isin(["lost", "rose"])].label)):
-            drift = [label for label in moved if label not in lost.get(benchmark, moved)]
+            sound[benchmark] = set(rows.label[rows.state == "kept"])
+        because = "; ".join(f"{r.label} {r.kept} of {NAMES[r.scale]}" for r in rows.itertuples()) + "."
+        if key == "bias":
+            moved = rows.label[rows.state.isin(["lost", "rose"])]
+            drift = [label for label in moved if label in sound.get(benchmark, ())]
             because += f" A drift of the threshold, not a loss: {', '.join(drift)}." if drift else ""
-        found = _by_scale(rows, _drifts if key == "bias" else _lost)
-        because += ("" if key == "bias" else _excluded(rows)) + _outside(group)
-        made.append(_judge(claim, found, rows.orders.min(), (yes, no), because))
+        else:
+            because += _excluded(rows)
+        because, found = because + _outside(group), _by_scale(rows, _drifts if key == "bias" else _lost)
+        made.append(_judge(claim, found, rows.orders.min(), words, because))
     return made
 
 
@@ -269,10 +248,8 @@ def structure_damage(predictors: pd.DataFrame) -> Verdict:
     if not len(within):
         return Verdict(claim, "undecided", f"No measure's rank correlation within methods excludes 0.{only}")
     first = within.sort_values(["before", "within"], ascending=[False, True], kind="stable").iloc[0]
-    when = (
-        f"earliest is {first.measure}, before {first.before} of {first.collapsed} collapses"
-        if first.before
-        else f"none gives the alarm at a checkpoint before any of the {first.collapsed} collapses"
-    )
+    when = f"none gives the alarm at a checkpoint before any of the {first.collapsed} collapses"
+    if first.before:
+        when = f"earliest is {first.measure}, before {first.before} of {first.collapsed} collapses"
     because = f"{len(within)} of {len(predictors)} measures rise as the ability falls within methods: {listed}; {when}."
     return Verdict(claim, "supported" if len(within) == len(predictors) else "mixed", because + only)
