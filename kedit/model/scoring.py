@@ -16,7 +16,7 @@ that contexts out of scope keep their very bits.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, cycle, islice, takewhile
 from typing import Any
@@ -72,8 +72,11 @@ def read(
     answers = _read(lm, questions, limit, finished, drafts)
     taken = routes(lm, list(dict.fromkeys(tuple(context) for context, _ in questions.values())))
     routed: dict[tuple[LM, int], dict[int, Question]] = {}
+    longest = max([limit, *(len(continuation) for _, continuation in pairs)])
     for index, (context, continuation) in questions.items():
         route = taken.get(tuple(context))
+        if route:  # what a route puts before a prompt may not fit into the window: cut off at the left
+            route = replace(route, ids=route.ids[-max(1, route.lm.window - longest) :])
         if route and route.weight < 1:
             answers[index] = _read_mixture(lm, context, route, continuation, limit, partial(finished, index))
         elif route:
