@@ -252,8 +252,7 @@ def leftovers(runs: Path) -> list[str]:
 
 def sentence(code: int, printed: str) -> bool:
     """Whether a command ended in one sentence for its user, and no traceback came before it."""
-    last = printed.strip().rpartition("\n")[2]  # after a progress bar, perhaps
-    return code == 2 and "kedit: " in last and "Traceback" not in printed
+    return code == 2 and printed.count("kedit: ") == 1 and "Traceback" not in printed  # among progress bars, perhaps
 
 
 def units(runs: Path) -> dict[Path, int]:
