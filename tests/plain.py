@@ -112,12 +112,12 @@ def attributions(lm, ids, answer, points):
     """KN's integrated gradients, one scaled copy after another through the whole model: (layers, m)."""
     found = []
     for layer in range(lm.layers):
-        inner, seen = lm.anatomy.inner(layer), {}
+        inner, seen, width = lm.anatomy.inner(layer), {}, matrix(lm.anatomy.down(layer)).shape[1]
 
-        def scale(module, args, output, seen=seen):
-            neurons = (seen["share"] * output[0, -1]).detach().requires_grad_()
-            seen["whole"], seen["neurons"] = output[0, -1].detach(), neurons
-            return torch.cat([output[:, :-1], neurons[None, None]], 1)
+        def scale(module, args, output, seen=seen, m=width):
+            neurons = (seen["share"] * output[0, -1, :m]).detach().requires_grad_()
+            seen["whole"], seen["neurons"] = output[0, -1, :m].detach(), neurons
+            return torch.cat([output[:, :-1], torch.cat([neurons, output[0, -1, m:]])[None, None]], 1)
 
         gradients = []
         for share in torch.linspace(0, 1, points):

@@ -12,7 +12,7 @@ import kedit
 from kedit import KeditError
 from kedit.data.corpus import sequences
 from kedit.evaluation.damage import PROMPT, effective_rank, held_out, measure, singular_values
-from kedit.model.anatomy import matrix
+from kedit.model.anatomy import Anatomy, matrix
 from kedit.model.journal import LowRank
 from kedit.model.memory import Memory, Route
 from kedit.model.scoring import loglikelihoods
@@ -93,7 +93,7 @@ def test_states_and_answers_against_a_plain_forward(lm, text):
             for model, states in zip((old, new), seen, strict=True):
                 handles = [
                     block.register_forward_hook(lambda _, __, out, states=states: states.append(out[0]))
-                    for block in model.base_model.get_submodule(lm.anatomy.layout.blocks)
+                    for block in Anatomy(model).blocks
                 ]
                 p = model(inputs).logits[0].softmax(-1)
                 states.append(p)

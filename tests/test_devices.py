@@ -32,10 +32,10 @@ class Placed(AlignDevicesHook):
 
 def in_parts(lm, devices):
     """The model with its upper half, and its head unless that is its embedding, on a second device."""
-    model, base = lm.model, lm.model.base_model_prefix
-    halves = {f"{base}.{lm.anatomy.layout.blocks}.{n}": f"cpu:{n * 2 // LAYERS}" for n in range(LAYERS)}
+    model, base, blocks = lm.model, lm.model.base_model_prefix, lm.anatomy.name(lm.anatomy.blocks)
+    halves = {f"{blocks}.{n}": f"cpu:{n * 2 // LAYERS}" for n in range(LAYERS)}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    children = [name for name, _ in model.get_submodule(base).named_children() if name != lm.anatomy.layout.blocks]
+    children = [name for name, _ in model.get_submodule(base).named_children() if f"{base}.{name}" != blocks]
     others = {name: f"cpu:{int(name in ('norm', 'ln_f', 'final_layer_norm'))}" for name in children}
     head = lm.anatomy.name(lm.anatomy.head)
     places = halves | {f"{base}.{name}": place for name, place in others.items()}

@@ -6,7 +6,7 @@ from itertools import pairwise
 from math import isnan
 
 import pytest
-from transformers import MistralConfig
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 import kedit
 from kedit import KeditError
@@ -128,7 +128,8 @@ def test_a_model_outside_the_list_is_known_by_its_configuration(tmp_path):
     shape = plan.shape_of(str(tmp_path))
     assert (shape.d, shape.layers, shape.m) == (8, 3, 20)
     text = plan.plan(grid(models=["nobody/nothing"], methods=["control"]))
-    assert "shape unknown: add it to kedit/study/models.yaml" in text
+    assert "shape unknown: its configuration is not on this machine" in text
+    assert "In all not known, without what is not timed of nobody/nothing;" in text
     assert "without what is not timed of nobody/nothing;" in text
 
 
@@ -230,3 +231,33 @@ def test_edit_sets_without_mirror_or_hub_are_one_sentence(monkeypatch):
         KeditError, match=r"smollm2-135m-paper\.yaml: edit_set: .*the hub is out of reach .*KEDIT_MIRROR"
     ):
         plan.check(params)
+
+
+LLAMA2 = {"vocab_size": 99, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008}
+
+
+def test_a_model_nobody_listed_has_the_settings_of_one_like_it(tmp_path, caplog):
+    """The same architecture and shape: the same settings; else the nearest one's, at the same relative depth."""
+    caplog.set_level("INFO")
+    LlamaConfig(**LLAMA2).save_pretrained(tmp_path / "alike")
+    for method in ("rome", "memit", "mend", "grace", "kn", "serac"):
+        kind = kind_of(method)
+        assert make_hparams(kind, str(tmp_path / "alike")) == make_hparams(kind, "meta-llama/Llama-2-7b-hf")
+    assert "memit" in caplog.text
+    assert "those for meta-llama/Llama-2-7b-hf, the same architecture and shape" in caplog.text
+    Qwen2Config(**LLAMA2 | {"num_hidden_layers": 28}).save_pretrained(tmp_path / "other")
+    caplog.clear()
+    there = {method: make_hparams(kind_of(method), str(tmp_path / "other")) for method in ("memit", "grace", "mend")}
+    assert list(there["memit"].layers) == [3, 4, 5, 6, 7]  # of 32: 4 to 8, whose last has 9 / 32 of the depth
+    assert there["grace"].layer == 23  # of 32: 27
+    assert list(there["mend"].layers) == [25, 26, 27]  # the last three
+    assert caplog.text.count("the nearest listed, at the same relative depth") == 3
+    assert make_hparams(kind_of("grace"), str(tmp_path / "other"), {"layer": 3, "steps": 4}).steps == 4
+    with pytest.raises(KeditError, match=r"rome.yaml has no block for model 'no/body'"):
+        make_hparams(kind_of("rome"), "no/body")
+
+
+def test_a_model_in_a_folder_has_a_plan(tmp_path):
+    LlamaConfig(**LLAMA2).save_pretrained(tmp_path)
+    table = [row for row in plan.plan(grid(models=[str(tmp_path)])).splitlines() if row.startswith(str(tmp_path))]
+    assert " h " in table[0]

@@ -34,6 +34,7 @@ class FTM(Editor):
     """Adam on one matrix, loss = mean -log p(target token | prompt, earlier target tokens)."""
 
     name = "ft-m"
+    needs = ("down",)
     style = ("#e69f00", ">", "--")
     Hparams = Hparams
     advance = 1

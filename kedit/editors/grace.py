@@ -89,6 +89,7 @@ class GRACE(Editor):
     """Add a key, or widen or split the ball it falls into (algorithm 1), then learn the value by Adam."""
 
     name = "grace"
+    needs = ("down",)
     style = ("#009e73", "^", "-")
     Hparams = Hparams
 
@@ -109,8 +110,13 @@ class GRACE(Editor):
         # the ball of an earlier edit with this answer goes on from its value
         value = self._start(output) if "label" in entry else rows[index]["value"].to(output, copy=True)
         value.requires_grad_()
-        tail = Tail(lm, [LookupText((*ids, *target[:-1]), prompt.lookup)], [hp.layer])
-        losses = descend([value], lambda: nll_loss(lm, run_shifted(tail, hp.layer, value - output)[0], target), hp)
+        inside = not lm.anatomy.direct[hp.layer]
+        tail = Tail(lm, [LookupText((*ids, *target[:-1]), prompt.lookup)], [hp.layer - inside])
+
+        def loss_now() -> Tensor:
+            return nll_loss(lm, run_shifted(tail, hp.layer, value - output, inside)[0], target)
+
+        losses = descend([value], loss_now, hp)
         value = value.detach()
         edit.info |= {"rows": max(len(rows), index + 1), "epsilon": entry["epsilon"], "loss": losses[-1]}
         edit.info |= {"loss_before": losses[0], "value_norm": value.norm().item()}

@@ -51,7 +51,7 @@ def replacing(rows: slice, states: Tensor) -> Hook:
 
     def hook(module, args, output: Tensor) -> Tensor:
         changed = output.clone()
-        changed[rows, 0] = states.to(output)
+        changed[rows, 0, : states.shape[1]] = states.to(output)  # a gate may be fused with what it multiplies
         return changed
 
     return hook
@@ -99,6 +99,7 @@ class KN(Editor):
     """
 
     name = "kn"
+    needs = ("down", "neurons")
     style = ("#000000", "X", "-")
     Hparams = Hparams
 

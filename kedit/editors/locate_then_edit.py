@@ -56,6 +56,8 @@ class Hparams(Search):
 class LocateThenEdit(Editor):
     """Hyper-parameters must have ``layers``, of which the last is where the value is searched for."""
 
+    needs = ("down",)
+
     @classmethod
     def moments_at(cls, hparams: Any) -> Sequence[int]:
         """Layers whose second moments enter the edits."""
@@ -70,13 +72,14 @@ class LocateThenEdit(Editor):
         """The prompt in each context, the bare one first."""
         return lookup_texts(self.lm, request, self.contexts)
 
-    def _objective(self, request: EditRequest, texts: Sequence[LookupText], layer: int) -> Objective:
+    def _objective(self, request: EditRequest, texts: Sequence[LookupText], inside: bool) -> Objective:
+        """The target after the texts, by a change at the last layer, or inside its block."""
         kl_text = lookup_text(self.lm, "{} is a", request.subject)
-        return Objective(self.lm, texts, kl_text, self.target_ids(request), layer)
+        return Objective(self.lm, texts, kl_text, self.target_ids(request), self.hparams.layers[-1], inside)
 
     def _search(self, request: EditRequest, texts: Sequence[LookupText], init: Tensor, edit: Edit) -> Tensor:
         """The change of the value ``init`` at the last layer, (d,) float64."""
-        objective = self._objective(request, texts, self.hparams.layers[-1])
+        objective = self._objective(request, texts, inside=not self.lm.anatomy.direct[self.hparams.layers[-1]])
         delta, losses = search(objective, init, self.hparams)
         edit.info |= objective.info(losses)
         return delta.double()

@@ -29,7 +29,12 @@ class Hparams(locate_then_edit.Hparams):
 
 
 class MEMIT(locate_then_edit.LocateThenEdit):
-    """Per layer: W gains R K^T (lambda C + K K^T)^-1 with R an equal part of z - h (eq. 14, alg. 1)."""
+    """Per layer: W gains R K^T (lambda C + K K^T)^-1 with R an equal part of z - h (eq. 14, alg. 1).
+
+    Where a norm or a factor stands after the MLP, z is searched for in front of it, and no update of a lower layer
+    moves h by R. There each lower layer takes its part of delta, and the last layer's value is searched for once
+    more, with the lower layers as edited: so what the search reaches, the edited model says.
+    """
 
     name = "memit"
     style = ("#0072b2", "s", "-")
@@ -59,8 +64,11 @@ class MEMIT(locate_then_edit.LocateThenEdit):
         lm, layers = self.lm, self.hparams.layers
         texts, last = self._texts(request), layers[-1]
 
+        inside = self.site == "block" and not lm.anatomy.direct[last]
+        site = "value" if inside else self.site
+
         def state() -> Tensor:
-            return activations(lm, texts[:1], [last], self.site)[last][0].double()
+            return activations(lm, texts[:1], [last], site)[last][0].double()
 
         start = state()
         delta = self._search(request, texts, start, edit)
@@ -69,7 +77,11 @@ class MEMIT(locate_then_edit.LocateThenEdit):
         for position, layer in enumerate(layers):
             # Lower layers are already changed, so keys and the residual are read anew each time.
             key = self._key(texts, layer)
-            left = self._spread(z - state(), len(layers) - position)
+            remaining = len(layers) - position
+            if inside and remaining == 1 < len(layers):
+                z = state() + self._search(request, texts, state(), edit)
+            lower = inside and remaining > 1
+            left = delta / len(layers) if lower else self._spread(z - state(), remaining)
             right = self._gain(layer, key[:, None])
             if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                 raise EditFailed(f"the update of layer {layer} is not finite")

@@ -323,6 +323,7 @@ class MEND(TrainedEditor):
     """W gains rate * sum_t g~_t x~_t^T in the MLP projections of some blocks, from one gradient."""
 
     name = "mend"
+    needs = ("down",)
     style = ("#cc79a7", "v", "-")
     Hparams = Hparams
     edit_hparams = ("accumulate_edits",)

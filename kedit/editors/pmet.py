@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kedit.data.requests import EditRequest
 from kedit.editors import memit
-from kedit.editors.value_search import STOP, clamp, descend
-from kedit.model.forward import Hook, LookupText, activations, capture, hooked, lookup_text
+from kedit.editors.value_search import STOP, adding, clamp, descend
+from kedit.model.forward import LookupText, activations, capture, hooked, lookup_text
 from kedit.model.journal import Edit
 from kedit.model.lm import LM
 
@@ -31,17 +31,6 @@ class Hparams(memit.Hparams):
     """
 
     left_padding: bool = False
-
-
-def adding(delta: Tensor, places: int | Sequence[int] = 0) -> Hook:
-    """A hook: the module's output gains a vector at one position of every row, by default the first."""
-
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        changed = output.clone()
-        changed[range(len(output)), places] += delta.to(output)
-        return changed
-
-    return hook
 
 
 @contextmanager
@@ -72,6 +61,7 @@ class PMET(memit.MEMIT):
     name = "pmet"
     style = ("#56b4e9", "p", "-")
     Hparams = Hparams
+    needs = ("down", "attn_out")
     site = "value"  # the MLP's output in the last edited layer
 
     def _keys(self, texts: Sequence[LookupText], layer: int) -> Tensor:
@@ -87,7 +77,7 @@ class PMET(memit.MEMIT):
     def _search(self, request: EditRequest, texts: Sequence[LookupText], init: Tensor, edit: Edit) -> Tensor:
         """Adam over both sub-layers' deltas; once the target is the likeliest everywhere, its weight is a tenth."""
         lm, hp, layer = self.lm, self.hparams, self.hparams.layers[-1]
-        objective = self._objective(request, texts, layer - 1)
+        objective = self._objective(request, texts, inside=True)
         tail, sites = objective.tail, (lm.anatomy.down(layer), lm.anatomy.attn_out(layer))
         if hp.left_padding:
             asked = [LookupText((*text.ids, *self.target_ids(request)[:-1]), text.lookup) for text in texts]

@@ -45,6 +45,8 @@ class Editor(ABC):
     Hparams: ClassVar[type] = NoHparams
     trained: ClassVar[bool] = False
     """Whether ``prepare`` trains something, where it was not trained before."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Parts of a model without which the method cannot be used: keys of ``Anatomy.missing``."""
     edits: ClassVar[bool] = True
     """Whether an edit changes something; the control's do not."""
 
@@ -54,6 +56,8 @@ class Editor(ABC):
             cls.label = cls.name.upper()
 
     def __init__(self, lm: LM, hparams: Any, statistics: SecondMoments | None = None, contexts: Contexts = None):
+        for part in self.needs:
+            lm.anatomy.need(part, self.name)
         self.lm = lm
         self.hparams = hparams
         self.statistics = statistics or SecondMoments(lm)

@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from kedit.data.facts import bundled, bundled_zsre
 from kedit.data.requests import EditRequest, spaced
@@ -32,7 +30,6 @@ from kedit.model.journal import Edit
 from kedit.model.lm import LM
 from kedit.model.memory import Route
 
-NORMS = (nn.LayerNorm, LlamaRMSNorm, MistralRMSNorm)
 HARD = 4
 """Negatives that count for each prompt in training: the most similar ones of its batch."""
 QUESTIONS = 0.25
@@ -78,8 +75,8 @@ def counterfactual(lm: LM) -> LM:
 
 def norms(lm: LM) -> dict[str, nn.Parameter]:
     """The normalisation weights of a model, by name."""
-    modules = [(name, module) for name, module in lm.model.named_modules() if isinstance(module, NORMS)]
-    return {f"{name}.{kind}": weight for name, module in modules for kind, weight in module.named_parameters()}
+    norms = lm.anatomy.norms.items()
+    return {f"{name}.{kind}": weight for name, module in norms for kind, weight in module.named_parameters()}
 
 
 def statement(prompt: str, target: str) -> str:
@@ -142,6 +139,7 @@ class SERAC(RetrievalEditor, TrainedEditor):
     """
 
     name = "serac"
+    needs = ("norms",)
     style = ("#117733", "P", "--")
     Hparams = Hparams
     edit_hparams = ("threshold", "soft")

@@ -9,6 +9,9 @@ forward reads all rows and keeps the keys and values of those tokens; each step 
 remaining tokens through the remaining blocks, with logits only where the loss reads them. The result
 is that of running everything at every step (tests/test_values.py holds the plain version). GRACE and
 fine-tuning descend in the same way, on another loss.
+
+Where a norm or a factor stands between the MLP and the residual stream (``Anatomy.direct``), delta is added in
+front of it, to the MLP's output, and each step runs the edited block too.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kedit.editors.bounds import Count, NotNegative, Positive
-from kedit.model.forward import LookupText, Tail
+from kedit.model.forward import Hook, LookupText, Tail, hooked
 from kedit.model.journal import EditFailed
 from kedit.model.lm import LM
 
@@ -87,8 +90,25 @@ def nll_loss(lm: LM, hidden: Tensor, target: Sequence[int]) -> Tensor:
     return -lm.logits(hidden).log_softmax(-1).gather(1, labels).mean()
 
 
-def run_shifted(tail: Tail, layer: int, delta: Tensor) -> Tensor:
-    """Final hidden states (B, T, d) of the tails, a vector (d,) added to their first tokens' states after a layer."""
+def adding(delta: Tensor, places: int | Sequence[int] = 0) -> Hook:
+    """A hook: the module's output gains a vector at one position of every row, by default the first."""
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[range(len(output)), places] += delta.to(output)
+        return changed
+
+    return hook
+
+
+def run_shifted(tail: Tail, layer: int, delta: Tensor, inside: bool = False) -> Tensor:
+    """Final hidden states (B, T, d) of the tails, a vector (d,) added to their first tokens' states after a layer.
+
+    ``inside``: to the output of the layer's MLP instead; the tail then starts below the layer.
+    """
+    if inside:
+        with hooked({tail.lm.anatomy.down(layer): adding(delta)}):
+            return tail.run(layer - 1, tail.states[layer - 1])
     states = tail.states[layer]
     first = torch.zeros(states.shape[1], 1, device=states.device)
     first[0] = 1.0
@@ -110,6 +130,7 @@ class Objective:
         kl_text: "{subject} is a"; only what comes before its subject's end matters.
         target: token ids to be predicted after each text.
         layer: block after whose output the tail starts.
+        inside: whether that is the block below instead, since what is changed is within the layer.
 
     Attributes:
         tail: the texts with the target's tokens but the last, then ``kl_text``.
@@ -117,11 +138,14 @@ class Objective:
             log-probabilities of the target's tokens; whether every one of them is the likeliest token.
     """
 
-    def __init__(self, lm: LM, texts: Sequence[LookupText], kl_text: LookupText, target: Sequence[int], layer: int):
-        self.lm, self.layer = lm, layer
+    def __init__(
+        self, lm: LM, texts: Sequence[LookupText], kl_text: LookupText, target: Sequence[int], layer: int,
+        inside: bool = False,
+    ):  # fmt: skip
+        self.lm, self.layer, self.inside = lm, layer, inside
         rows = [LookupText((*text.ids, *target[:-1]), text.lookup) for text in texts]
         rows.append(LookupText(kl_text.ids[: kl_text.lookup + 1], kl_text.lookup))
-        self.tail = Tail(lm, rows, [layer])
+        self.tail = Tail(lm, rows, [layer - inside])
         # the target's j-th token is predicted at the text's last position + j
         ends = torch.tensor([len(text.ids) - 1 - text.lookup for text in texts], device=lm.device)
         self._positions = ends[:, None] + torch.arange(len(target), device=lm.device)
@@ -173,7 +197,7 @@ def search(objective: Objective, init: Tensor, settings: Search) -> tuple[Tensor
     delta = torch.zeros_like(init, dtype=torch.float32, requires_grad=True)
 
     def loss_now() -> Tensor:
-        nll_loss, kl = objective.losses(run_shifted(objective.tail, objective.layer, delta))
+        nll_loss, kl = objective.losses(run_shifted(objective.tail, objective.layer, delta, objective.inside))
         weight_decay = settings.weight_decay * delta.norm() / init_norm**2
         return nll_loss + settings.kl_factor * kl + weight_decay
 

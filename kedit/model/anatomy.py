@@ -1,77 +1,178 @@
-"""Where things are in a model, found from the type of its base model: never from a name or a shape."""
+"""Where things are in a model, found from the types of its modules: never from a path or from matrices' shapes.
 
+kedit/model/probes.py then asks the model whether what was found does what it should.
+"""
+
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
-from transformers import GPT2Model, GPTNeoXModel, LlamaModel, MistralModel, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from kedit import KeditError
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as configurations name them: those that see everything, and those with a window."""
+
+
+WINDOWS = {"sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern"}
+"""What configurations say of windows that ``layer_types`` and ``sliding_window`` tell the whole of."""
+
 
 @dataclass(frozen=True)
-class Layout:
-    """Where one architecture keeps its parts: attribute paths below its base model or its block."""
+class Parts:
+    """The projections of one block that editors touch: the MLP's first (the gate before the other), its last, and
+    the attention's last; None where a block has none of its own."""
 
-    blocks: str
-    up: str
-    down: str
-    attn_out: str
-    gate: str | None = None
+    first: tuple[nn.Module, ...]
+    down: nn.Module | None
+    attn_out: nn.Module | None
 
 
-_LLAMA = Layout("layers", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj", "mlp.gate_proj")
-LAYOUTS: dict[type[nn.Module], Layout] = {
-    LlamaModel: _LLAMA,
-    MistralModel: _LLAMA,
-    GPT2Model: Layout("h", "mlp.c_fc", "mlp.c_proj", "attn.c_proj"),
-    GPTNeoXModel: Layout("layers", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "attention.dense"),
-}
+def projections(block: nn.Module) -> list[nn.Module]:
+    """Every ``Linear`` and ``Conv1D`` of a block."""
+    return [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def parts_of(block: nn.Module, order: Sequence[nn.Module]) -> Parts:
+    """The projections of a block, told apart by the order in which they run; attention is what takes a mask."""
+    mixers = [module for module in block.children() if "attention_mask" in inspect.signature(module.forward).parameters]
+    attention = {module for mixer in mixers for module in mixer.modules()}
+    mlp, inside = ([module for module in order if (module in attention) == within] for within in (False, True))
+    *first, down = mlp if len(mlp) in (2, 3) else [None]
+    return Parts(tuple(first), down, inside[-1] if inside else None)
 
 
 class Anatomy:
-    """The parts of a decoder that editors touch, found from the type of its base model.
+    """The parts of a decoder that editors touch.
 
-    Attributes: ``blocks`` (list of decoder blocks), ``base`` (the model without its head), ``head`` (unembedding).
+    Attributes:
+        base: the model without its head; ``config`` is its configuration.
+        blocks: the decoder blocks.
+        head: the unembedding.
+        norms: the modules that hold nothing but vectors, by name: normalisation.
+        missing: what editors cannot have of this model, and why, by part: ``down``, ``attn_out``, ``neurons`` (as KN
+            looks for them) and ``norms``.
+        orders: for each block the order in which its projections run, numbered as they stand there; this and what
+            follows is known once the model was probed, and until then taken to be simple.
+        direct: for each block, whether what ``down`` writes arrives in the residual stream unchanged (else a norm or
+            a factor comes after it).
+        tuples: whether blocks return tuples, of which the states are the first.
+
+    Raises:
+        KeditError: the model has no single stack of blocks, or layers that attend in a way kedit does not know.
     """
 
     def __init__(self, model: PreTrainedModel):
-        layout = LAYOUTS.get(type(model.base_model))
-        if layout is None:
-            known = ", ".join(kind.__name__ for kind in LAYOUTS)
-            raise KeditError(
-                f"{type(model.base_model).__name__} is an architecture kedit does not know; it knows {known}: "
-                "add a line to LAYOUTS in kedit/model/anatomy.py."
-            )
-        self.layout = layout
-        self.base = model.base_model
-        self.blocks: nn.ModuleList = model.base_model.get_submodule(layout.blocks)
+        self.base: PreTrainedModel = model.get_decoder()
+        self.config = self.base.config
+        self.architecture = type(model).__name__
+        lists = [module for module in self.base.modules() if isinstance(module, nn.ModuleList) and len(module)]
+        stacks = [some for some in lists if all(isinstance(block, GradientCheckpointingLayer) for block in some)]
         self.head: nn.Module = model.get_output_embeddings()
+        if len(stacks) != 1 or self.head is None:
+            raise KeditError(
+                f"{self.architecture} is no decoder of one stack of blocks and a head; kedit cannot read it."
+            )
+        windows = [name.lstrip("_") for name, value in vars(self.config).items() if "window" in name and value]
+        if other := (set(self.kinds) - {FULL, SLIDING}) | (set(windows) - WINDOWS):
+            raise KeditError(f"{self.architecture} has layers of {', '.join(sorted(other))}, which kedit cannot read.")
+        self.blocks: nn.ModuleList = stacks[0]
+        self.norms = {
+            name: module
+            for name, module in model.named_modules()
+            if (weights := list(module.parameters(recurse=False))) and all(weight.ndim == 1 for weight in weights)
+        }
+        self.missing = {} if self.norms else {"norms": "it has no normalisation weights"}
+        self.orders = [list(range(len(projections(block)))) for block in self.blocks]
+        self.arrange()
+        self.direct, self.tuples = [True] * len(self.blocks), False
         self._names = {module: name for name, module in model.named_modules()}
 
+    def arrange(self) -> None:
+        """Tell the parts apart by ``orders``."""
+        pairs = zip(self.blocks, self.orders, strict=True)
+        self._parts = [parts_of(block, [projections(block)[n] for n in order]) for block, order in pairs]
+        if any(parts.down is None for parts in self._parts):
+            self.missing["down"] = "its blocks have no MLP of two or three projections of their own"
+        if any(parts.attn_out is None for parts in self._parts):
+            self.missing["attn_out"] = "its blocks have no attention with projections"
+
+    def need(self, part: str, who: str) -> None:
+        """Refuse a method, or another user, whose part is missing.
+
+        Raises:
+            KeditError: saying who cannot be used on which architecture, and why.
+        """
+        if part in self.missing:
+            raise KeditError(f"{who} cannot be used on {self.architecture}: {self.missing[part]}.")
+
     def up(self, layer: int) -> nn.Module:
-        """First MLP projection of a block (d -> m)."""
-        return self.blocks[layer].get_submodule(self.layout.up)
+        """First MLP projection of a block (d -> m; 2 m where the gate is fused with it)."""
+        return self._parts[layer].first[-1]
 
     def gate(self, layer: int) -> nn.Module | None:
-        """Gate of a gated MLP (d -> m), None where the architecture has none."""
-        return self.blocks[layer].get_submodule(self.layout.gate) if self.layout.gate else None
+        """Gate of a gated MLP (d -> m), None where it is no projection of its own."""
+        first = self._parts[layer].first
+        return first[0] if len(first) > 1 else None
 
     def inner(self, layer: int) -> nn.Module:
-        """Where KN looks for neurons: the gate where the MLP has one, else the first projection (d -> m)."""
+        """Where KN looks for neurons: the gate where the MLP has one, else the first projection.
+
+        The neurons are its first m outputs: in a fused projection, the gate comes first.
+        """
         return self.gate(layer) or self.up(layer)
 
     def down(self, layer: int) -> nn.Module:
         """Second MLP projection of a block (m -> d): input is the key, output the value."""
-        return self.blocks[layer].get_submodule(self.layout.down)
+        self.need("down", "what edits an MLP")
+        return self._parts[layer].down
 
     def attn_out(self, layer: int) -> nn.Module:
         """Attention output projection of a block."""
-        return self.blocks[layer].get_submodule(self.layout.attn_out)
+        return self._parts[layer].attn_out
 
     def name(self, module: nn.Module) -> str:
         """Dotted name of a module within the model, as the journal stores it."""
         return self._names[module]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of each layer how it attends, where the configuration says so."""
+        return getattr(self.config, "layer_types", None) or []
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens that a layer with a window sees, itself included; None where all layers see everything."""
+        return None if self.kinds and SLIDING not in self.kinds else getattr(self.config, "sliding_window", None)
+
+    def mask(self, visible: Tensor, distance: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """What is added to the scores of attention (..., tokens, tokens seen); by kind, where layers differ.
+
+        Args:
+            visible: which tokens are seen but for windows.
+            distance: how far before a token each of them stands.
+        """
+
+        def added(seen: Tensor) -> Tensor:
+            zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            return zeros.masked_fill(~seen, torch.finfo(dtype).min)
+
+        near = added(visible & (distance < self.reach) if self.reach else visible)
+        return {FULL: added(visible), SLIDING: near} if len(set(self.kinds)) > 1 else near
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Unembed final hidden states (..., d) -> float32 logits (..., vocabulary), with the model's scale and cap."""
+        logits = self.head(hidden).float().to(hidden.device)
+        scale = (getattr(self.config, "logit_scale", None) or 1) / (getattr(self.config, "logits_scaling", None) or 1)
+        logits = logits * scale if scale != 1 else logits
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            logits = cap * (logits / cap).tanh()
+        return logits
 
 
 def matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:

@@ -4,11 +4,13 @@ A key is the input of an MLP's second projection (m numbers) at one token, a val
 section 3 of Meng et al., "Locating and Editing Factual Associations in GPT" (ROME, 2022).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from kedit.data.requests import EditRequest
+from kedit.model.anatomy import matrix
 from kedit.model.journal import EditFailed
-from kedit.model.lm import LM
+
+if TYPE_CHECKING:
+    from kedit.model.lm import LM
 
 # Texts and positions ------------------------------------------------------------------------------
 
@@ -85,8 +90,9 @@ def capture(lm: LM, modules: Mapping[Any, nn.Module], inputs: bool) -> Iterator[
     """Within the block, every forward records the modules' inputs or outputs by name, on the model's first device."""
     seen: dict[Any, Tensor] = {}
 
-    def record(name: Any, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen[name] = (args[0] if inputs else output).to(lm.device)
+    def record(name: Any, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found = args[0] if inputs else output[0] if isinstance(output, tuple) else output
+        seen[name] = (found if inputs else found.clone()).to(lm.device)  # some blocks add to what a part gave them
 
     with hooked({module: partial(record, name) for name, module in modules.items()}):
         yield seen
@@ -112,7 +118,7 @@ def activations(lm: LM, texts: Sequence[LookupText], layers: Sequence[int], at: 
     """Activations at each text's lookup index, layer -> (texts, width).
 
     ``at`` is "key" (input of the second MLP projection, m wide), "value" (its output, d), "attention"
-    (output of the attention's projection, d), "hidden" (output of the MLP's first projection, its gate
+    (output of the attention's projection, d), "hidden" (output of the MLP's first projection, of its gate
     where there is one, m) or "block" (the block's output, d). Texts are cut after the subject and the
     forward stops after the last layer: causal attention makes what follows irrelevant.
     """
@@ -122,24 +128,27 @@ def activations(lm: LM, texts: Sequence[LookupText], layers: Sequence[int], at: 
     ids, mask = pad([text.ids[: text.lookup + 1] for text in texts], lm.device)
     with capture(lm, sites, inputs=at == "key") as seen, stop_after(anatomy.blocks[max(layers)]):
         anatomy.base(input_ids=ids, attention_mask=mask, use_cache=False)
-    return {layer: seen[layer][range(len(texts)), [text.lookup for text in texts]] for layer in layers}
+    width = matrix(anatomy.down(layers[0])).shape[1] if at == "hidden" else None  # a fused gate comes first
+    return {layer: seen[layer][range(len(texts)), [text.lookup for text in texts], :width] for layer in layers}
 
 
 class Injected(nn.Module):
     """Stands in for blocks already computed: hands on the states it is given."""
 
     states: Tensor
+    tuples = False
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The states, whatever comes in."""
-        return self.states
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        """The states, whatever comes in, as the blocks return theirs."""
+        return (self.states, None) if self.tuples else self.states
 
 
 @contextmanager
-def skip_blocks(blocks: nn.ModuleList, layer: int) -> Iterator[Injected]:
+def skip_blocks(blocks: nn.ModuleList, layer: int, tuples: bool = False) -> Iterator[Injected]:
     """Within the block, blocks 0..layer cost nothing; the last of them yields ``.states``, which must be set."""
     skipped = list(blocks[: layer + 1])
     injected = Injected()
+    injected.tuples = tuples
     try:
         for index in range(len(skipped)):
             blocks[index] = injected
@@ -191,12 +200,25 @@ class Tail:
         for index, layer_cache in enumerate(self.prefix.layers):
             cache.update(*(part.expand(rows, -1, -1, -1) for part in (layer_cache.keys, layer_cache.values)), index)
         start = {"inputs_embeds": states} if layer < 0 else {"input_ids": self.tail_ids.expand(rows, -1)}
-        with skip_blocks(self.lm.anatomy.blocks, layer) as injected:
+        anatomy = self.lm.anatomy
+        with skip_blocks(anatomy.blocks, layer, anatomy.tuples) as injected:
             injected.states = states
-            return self.lm.anatomy.base(
+            return anatomy.base(
                 **start,
-                attention_mask=self.mask.expand(rows, -1),
+                attention_mask=self._seen(rows),
                 position_ids=self.positions.expand(rows, -1),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
+
+    def _seen(self, rows: int) -> Any:
+        """The mask of what tokens see: written out where a window matters, as padding lies between prefix and tail."""
+        anatomy = self.lm.anatomy
+        if not anatomy.reach or self.mask.shape[1] <= anatomy.reach:
+            return self.mask.expand(rows, -1)
+        before = torch.arange(self.mask.shape[1] - self.positions.shape[1], device=self.mask.device)
+        places = torch.cat([before.expand(len(self.positions), -1), self.positions], 1)
+        distance = (self.positions[:, :, None] - places[:, None])[:, None]
+        visible = self.mask[:, None, None].bool() & (distance >= 0)
+        shape = (rows, -1, -1, -1)
+        return anatomy.mask(visible.expand(shape), distance.expand(shape), self.lm.model.dtype)

@@ -24,6 +24,7 @@ from kedit import ROOT, KeditError
 from kedit.model.anatomy import Anatomy
 from kedit.model.journal import Journal
 from kedit.model.memory import Memory
+from kedit.model.probes import probe
 from kedit.store import cache_folder, claim, disk, is_whole, seal, set_aside
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class LM:
             add_hook_to_module(self.anatomy.base, home)
         self.journal = Journal(model)
         self.begin = [begin_token(tokenizer)] if begin else []
+        probe(self)
 
     @property
     def memories(self) -> dict[str, Memory]:
@@ -109,7 +111,7 @@ class LM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembed final hidden states (..., d) -> float32 logits (..., vocabulary)."""
-        return self.anatomy.head(hidden).float().to(hidden.device)
+        return self.anatomy.logits(hidden)
 
 
 def _of_function(config: Any) -> Any:

@@ -6,18 +6,21 @@ see its own ancestors only, and its position is its depth, so each branch is com
 (tests/test_scoring.py compares).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kedit.model.lm import LM
+if TYPE_CHECKING:
+    from kedit.model.lm import LM
 
 PREFIX, DISCARDED = -1, -2  # context numbers of the shared prefix and of wrong guesses
 CONTEXT, TEXT = -1, -2  # branches: the context itself, the text that is generated after it; 0, 1, ... are continuations
@@ -47,7 +50,7 @@ class CacheLayer(DynamicLayer):
 
     buffer: Buffer | None = None
 
-    def hold(self, both: Tensor) -> "CacheLayer":
+    def hold(self, both: Tensor) -> CacheLayer:
         """Take these keys and values for those of all tokens."""
         self.dtype, self.device, self.is_initialized = both.dtype, both.device, True
         self.both, self.keys, self.values = both, both[:1], both[1:]
@@ -74,7 +77,7 @@ class Cache:
     tokens: Tensor
     layers: list[CacheLayer]
 
-    def select(self, which: Tensor) -> "Cache":
+    def select(self, which: Tensor) -> Cache:
         """The tokens that a mask (tokens,) picks, copied."""
         index = which.nonzero()[:, 0]
         # of a model on several devices, each layer's keys and values are where the layer is
@@ -82,7 +85,7 @@ class Cache:
         return Cache(self.tokens[:, index], layers)
 
     @staticmethod
-    def cat(caches: Sequence["Cache"]) -> "Cache":
+    def cat(caches: Sequence[Cache]) -> Cache:
         """Several caches side by side."""
         layers = zip(*(cache.layers for cache in caches), strict=True)
         joined = [CacheLayer().hold(torch.cat([layer.both for layer in same], 2)) for same in layers]
@@ -108,16 +111,13 @@ def forward(lm: LM, tokens: Sequence[Token], before: Cache | None, ends: Sequenc
     ancestors = (contexts == context) & ((branches == CONTEXT) | (branches == branch)) | (contexts == PREFIX)
     distance = position - positions
     visible = ancestors & (distance >= 0)
-    if window := getattr(lm.model.config, "sliding_window", None):
-        visible &= distance < window
-    dtype = lm.model.dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=lm.device).masked_fill(~visible, torch.finfo(dtype).min)
+    mask = lm.anatomy.mask(visible[None, None], distance[None, None], lm.model.dtype)
     with ExitStack() as stack:
         for memory in lm.memories.values():
             stack.enter_context(memory.answering(ends))
         hidden = lm.anatomy.base(
             input_ids=new[:1],
-            attention_mask=mask[None, None],
+            attention_mask=mask,
             position_ids=new[3:],
             past_key_values=cache,
             use_cache=True,

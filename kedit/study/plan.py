@@ -10,17 +10,14 @@ generated come on top. Disk: half-precision weights and second moments; edits co
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
 from math import isnan, log, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import get_token
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from kedit import ROOT, KeditError
 from kedit.data import corpus, facts, hub
@@ -28,8 +25,7 @@ from kedit.editors import check_layers, kind_of, make_hparams
 from kedit.editors.protocol import Editor, committed
 from kedit.editors.second_moments import key_of
 from kedit.evaluation import benchmarks
-from kedit.model.anatomy import Anatomy, matrix
-from kedit.model.lm import PICO
+from kedit.model.shapes import KNOWN, Shape, shape_of
 from kedit.store import Store, runs_folder
 from kedit.study.params import DTYPES, Method, Params
 from kedit.study.run import planned, units
@@ -45,47 +41,6 @@ GENERATED = 16
 """Tokens read in the time of one generated, for which all weights are fetched to serve a few texts."""
 SUCCESS = 240
 """Tokens of all that edit success asks of an edit."""
-
-# Shapes -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a model: its parameters, its blocks, and the outer and inner width of their MLPs."""
-
-    parameters: int
-    layers: int
-    d: int
-    m: int
-
-
-_BLOCKS = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text())
-KNOWN = {name: block for block in _BLOCKS for name in block["names"]}
-"""Model -> what models.yaml says of it: its configuration, and whether it is gated."""
-
-
-@cache
-def shape_of(model: str) -> Shape | None:
-    """A model's shape, if its configuration is at hand, in a folder, in the hub's cache or in models.yaml.
-
-    Raises:
-        KeditError: an architecture that kedit does not know.
-    """
-    try:
-        source = PICO / model if (PICO / model).is_dir() else model
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
-    except Exception:  # whatever transformers stumbles over in files from outside; loading the model will say it
-        if model not in KNOWN:
-            return None
-        config = AutoConfig.for_model(**KNOWN[model]["config"])
-    try:
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-    except Exception:  # likewise
-        return None
-    anatomy = Anatomy(empty)
-    parameters = sum(weight.numel() for weight in empty.parameters())
-    return Shape(parameters, len(anatomy.blocks), *matrix(anatomy.down(0)).shape)
 
 
 def _editors(params: Params, model: str) -> Iterator[tuple[Method, type[Editor], Any]]:
@@ -351,6 +306,8 @@ def plan(params: Params) -> str:
     without = [*unknown, *(" ".join(name.split()) for name, seconds, _ in table if any(map(isnan, seconds)))]
     total = sum(each for _, seconds, _ in table for each in seconds if not isnan(each))
     disk = sum(2 * shape.parameters for shape in shapes.values() if shape) + sum(sizes[-1] for *_, sizes in table)
+    about = f"about {_hours(total / GPU)} on a GPU or {_hours(total)} on one CPU core (workers divide it)"
+    about = about if total else "not known"
     lines = [
         f"params/{params.rq}/{params.name}.yaml: {edits // most} trajectories of {most} edits: {edits:,} edits; "
         f"{cells:,} cells at {len(params.edits)} checkpoints ({len(params.asked)} kinds: edit success, "
@@ -359,8 +316,8 @@ def plan(params: Params) -> str:
         *(f"In the store, {model}: {_held(params, model)}." for model in params.models),
         HEAD,
         *(_line(*row) for row in table),
-        *(f"{model:<36} shape unknown: add it to kedit/study/models.yaml for hours and memory" for model in unknown),
-        f"\nIn all about {_hours(total / GPU)} on a GPU or {_hours(total)} on one CPU core (workers divide it)"
+        *(f"{model:<36} shape unknown: its configuration is not on this machine" for model in unknown),
+        f"\nIn all {about}"
         f"{', without what is not timed of ' * bool(without)}{', '.join(without)}; {disk / GB:,.1f} GB of disk.",
         f"Assumed: a token generated takes as long as {GENERATED} read; a GPU is {GPU} CPU cores.",
         __doc__.partition("\n\n")[2].strip(),
