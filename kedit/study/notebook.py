@@ -31,7 +31,9 @@ def open_run(rq: str, cell: Mapping[str, Any]) -> Results:
     """
     quiet_libraries()
     given = {key: cell[key] for key in KEYS if cell.get(key, ...) is not ...}
-    return results(chosen(rq, cell["name"], given), cell["source"])
+    found = results(chosen(rq, cell["name"], given), cell["source"])
+    found.tell_failures()
+    return found
 
 
 def chosen(rq: str, name: str, given: Mapping[str, Any]) -> Params:

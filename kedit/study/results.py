@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import json
+import logging
 import zlib
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ from kedit.study.params import Params
 
 if TYPE_CHECKING:
     from kedit.evaluation.records import Item
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,12 @@ class Results:
         write_atomic(folder / "cells.jsonl.gz", gzip.compress(text, mtime=0))
         write_atomic(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
         return [folder / "cells.jsonl.gz", folder / "manifest.json"]
+
+    def tell_failures(self) -> None:
+        """Log how many edits failed, by method, if any did."""
+        if failed := Counter(edit.method for edit in self.edits if "failed" in edit.info):
+            parts = ", ".join(f"{method} {count}" for method, count in failed.items())
+            log.warning("%d of %d edits failed and changed nothing: %s", failed.total(), len(self.edits), parts)
 
     @classmethod
     def load(cls, params: Params, folder: Path, source: str = "committed") -> "Results":

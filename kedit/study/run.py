@@ -288,6 +288,7 @@ def run(params: Params, workers: int | None = None, scheduler: str | None = None
     }
     results = Results(params, cells, edits, manifest, "run")
     results.save(path.with_suffix(""))
+    results.tell_failures()
     return results
 
 

@@ -1,0 +1,48 @@
+"""What a user is told: that edits failed, and that a stopped command goes on where it was."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from record import record
+
+from kedit.study import notebook
+from kedit.study.params import Params
+from kedit.study.results import EditRecord, Results
+
+GRID = {"models": ["smollm2-135m-instruct"], "methods": ["control"], "edits": [2], "benchmarks": ["mini_mmlu"]}
+
+
+def test_a_notebook_tells_how_many_edits_failed(monkeypatch, caplog):
+    edits = [EditRecord("m", "rome", "default", 0, n, "x", 1, {"failed": "no bit"} if n > 1 else {}) for n in (1, 2, 3)]
+    found = Results(Params.make("rq1", "x", GRID), [], edits, {})
+    monkeypatch.setattr(notebook, "results", lambda params, source: found)
+    cell = {"name": "smoke", "source": "run"}
+    assert notebook.open_run("rq1", cell) is found
+    assert "2 of 3 edits failed and changed nothing: rome 2" in caplog.text
+    record("failed edits are told")
+
+
+WAITS = """
+import runpy, sys, time
+from kedit.analysis import questions
+class Waits(dict):
+    def __iter__(self):
+        print("begun", flush=True)
+        time.sleep(300)
+questions.QUESTIONS = Waits()
+sys.argv = ["kedit", "list"]
+runpy.run_module("kedit", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_one_line(number):
+    process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert said == "kedit: stopped; run the same command again, it goes on where it was.\n"
+    assert process.returncode == 128 + number
+    record("stopped by a signal")
