@@ -70,7 +70,7 @@ bench: $(READY) ## time the fast paths against the plain ones, at most ten minut
 bench-gpu: $(READY) ## edits and reading at Llama-2-7B's shape, random weights, bfloat16, one GPU  TORCH=torch KEDIT_MIRROR=...
 	PYTHONPATH=tests $(PY) -m bench.bench_gpu
 
-pico: $(READY) ## train the pico models anew, on all cores
+pico: $(READY) ## train those of the pico models that are not there yet, on all cores (hours)
 	$(PY) -m kedit pico
 
 faults: $(READY) ## kill, fill, damage and collide tiny runs (an hour or two); the table goes to tests/faults/README.md

