@@ -56,8 +56,8 @@ def test_kept_and_undecided_is_not_not_supported():
 def test_few_orders_give_no_verdict(orders):
     verdict = number_of_edits(grid(lambda *_: 0.4, orders=orders, items=400))
     assert verdict.word == "undecided"
-    assert ("for these edits" in verdict.because) == (orders == 1)
-    assert ("a hint, by which it would be supported" in verdict.because) == (orders > 1)
+    assert ("for these edits" in verdict.hedge) == (orders == 1)
+    assert ("a hint, by which it would be supported" in verdict.hedge) == (orders > 1)
     assert "Lost some ability: ROME, MEMIT, PMET" in verdict.because
 
 

@@ -24,14 +24,18 @@ RELIABLE = 0.9
 
 @dataclass(frozen=True)
 class Verdict:
-    """``word`` is supported, not supported, mixed or undecided; ``claim`` is the study's, in our words."""
+    """``word`` is supported, not supported, mixed or undecided; ``claim`` is the study's, in our words.
+
+    ``hedge`` says what the number of orders allows to be said.
+    """
 
     claim: str
     word: str
     because: str
+    hedge: str = ""
 
     def __str__(self) -> str:
-        return f"{self.claim}: {self.word.upper()}. {self.because}"
+        return f"{self.claim}: {self.word.upper()}. {self.hedge}{self.because}"
 
 
 Found = Mapping[str, Mapping[str, str]]
@@ -64,10 +68,10 @@ def _judge(
     text = f"{text[:1].upper()}{text[1:]}. {because}"
     if orders >= FEW:
         return Verdict(claim, word, text)
-    hint = f"{orders} orders are a hint, by which it would be {word}"
+    hedge = f"{orders} orders are a hint, by which it would be {word}"
     if orders == 1:
-        hint = "In one order intervals cover items only, and this is for these edits"
-    return Verdict(claim, "undecided", f"{hint}; a verdict takes {FEW} orders. {text}")
+        hedge = "In one order intervals cover items only, and this is for these edits"
+    return Verdict(claim, "undecided", text, f"{hedge}; a verdict takes {FEW} orders. ")
 
 
 def _excluded(rows: pd.DataFrame) -> str:
@@ -154,6 +158,14 @@ def model_scale(abilities: Sequence[Ability], size: Mapping[str, float]) -> Verd
     return verdict
 
 
+def harmed(abilities: Sequence[Ability]) -> list[Ability]:
+    """The general abilities under those methods that edit by which one of them was lost."""
+    some = inference.general(abilities)
+    rows = inference.effects(some) if some else pd.DataFrame(columns=["state", *inference.LINE])
+    harmful = set(rows[rows.state == "lost"][inference.LINE].itertuples(index=False, name=None))
+    return [a for a in some if a.line in harmful]
+
+
 def ability_aspects(abilities: Sequence[Ability]) -> Verdict:
     """RQ4: are the aspects of ability affected to about the same extent?
 
@@ -161,10 +173,8 @@ def ability_aspects(abilities: Sequence[Ability]) -> Verdict:
     over pairs and scales).
     """
     claim = "Editing affects different abilities to about the same extent"
-    some = inference.general(abilities)
-    rows = inference.effects(some) if some else pd.DataFrame(columns=["state", *inference.LINE, "orders"])
-    harmful = set(rows[rows.state == "lost"][inference.LINE].itertuples(index=False, name=None))
-    each, pairs = inference.aspects([a for a in some if a.line in harmful])
+    some = harmed(abilities)
+    each, pairs = inference.aspects(some)
     if not len(pairs):
         none = "Under no method was an ability lost: no extent to compare."
         return Verdict(claim, "undecided", none + _outside(abilities))
@@ -172,7 +182,7 @@ def ability_aspects(abilities: Sequence[Ability]) -> Verdict:
     for r in pairs.itertuples():
         answer = "yes" if r.difference.equal() else "no" if r.p_holm < LEVEL else "open"
         found.setdefault(r.scale, {})[f"{r.one}-{r.other}"] = answer
-    labels = dict.fromkeys(a.label for a in some if a.line in harmful)
+    labels = dict.fromkeys(a.label for a in some)
     because = f"Share kept, mean over {', '.join(labels)}: "
     because += "; ".join(f"{r.aspect} {r.kept} ({NAMES[r.scale]})" for r in each.itertuples()) + "."
     apart = pairs[(pairs.p_holm < LEVEL) & ~pairs.difference.map(Estimate.equal)]
@@ -181,7 +191,7 @@ def ability_aspects(abilities: Sequence[Ability]) -> Verdict:
         because += f" Furthest apart: {far.one} and {far.other}, by {far.difference} ({NAMES[far.scale]})."
         if set(apart.scale) != set(SCALES) and set(pairs.scale) == set(SCALES):
             because += " On the other scale no pair differs: part of it may be headroom."
-    return _judge(claim, found, rows.orders.min(), ("alike", "different"), because, strict=True)
+    return _judge(claim, found, len(some[0].values[0]), ("alike", "different"), because, strict=True)
 
 
 def _drifts(rows: pd.DataFrame) -> str:
@@ -205,18 +215,23 @@ def _sentence(ability: Ability) -> str:
     return "" if about.get("two_way") else "refusal" if about.get("openings") else "truth"
 
 
+def of_safety(abilities: Sequence[Ability]) -> dict[tuple[str, str], list[Ability]]:
+    """(benchmark, what is asked of it, a key of ``SAFETY``) -> abilities: the family of a sentence."""
+    groups: dict[tuple[str, str], list[Ability]] = {}
+    for a in abilities:
+        if not a.aspect and (key := _sentence(a)):
+            groups.setdefault((a.benchmark, key), []).append(a)
+    return dict(sorted(groups.items(), key=lambda each: list(SAFETY).index(each[0][1])))
+
+
 def safety(abilities: Sequence[Ability]) -> list[Verdict]:
     """RQ5: a sentence a benchmark and what is asked of it; a drift of the threshold without a loss is called just that.
 
     Holm over the methods and scales of a sentence.
     """
-    groups: dict[tuple[str, str], list[Ability]] = {}
-    for a in abilities:
-        if not a.aspect and (key := _sentence(a)):
-            groups.setdefault((a.benchmark, key), []).append(a)
     sound: dict[str, set[str]] = {}
     made = []
-    for (benchmark, key), group in sorted(groups.items(), key=lambda each: list(SAFETY).index(each[0][1])):
+    for (benchmark, key), group in of_safety(abilities).items():
         text, words = SAFETY[key]
         claim = f"{text.format(benchmark)}, by every method that edits ({group[0].edits[-1]} edits)"
         rows = inference.effects(group)
