@@ -10,6 +10,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from statsmodels.formula.api import ols
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.multitest import multipletests
 from synthetic import ABILITIES, ability, both, two_way
 
 from kedit.analysis import inference
@@ -90,6 +91,13 @@ def test_mcnemar_is_exact():
         theirs = statsmodels_mcnemar([[5, lost], [won, 5]], exact=True).pvalue
         assert inference.mcnemar(after, before) == pytest.approx(theirs)
     assert inference.mcnemar(before, before) == 1
+
+
+def test_holm_is_statsmodels():
+    for count in (0, 1, 5, 40):
+        p = np.random.default_rng(count).random(count).round(1) / 10  # with ties
+        theirs = multipletests(p, method="holm")[1] if count else []
+        assert inference.holm(p) == pytest.approx(theirs)
 
 
 def test_p_and_equivalence_use_the_same_standard_error():

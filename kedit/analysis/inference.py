@@ -23,7 +23,6 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from kedit.analysis.scores import LEVEL, LINE, answers, asked, at_floor, editing, scales, shown, table, unseen
 from kedit.editors import kind_of
@@ -40,8 +39,9 @@ LOGIT_MARGIN = math.log((0.5 + MARGIN) / (0.5 - MARGIN))
 MANY = 1000.0
 """Degrees of freedom where nothing varies."""
 FEW = 5
-"""With fewer degrees of freedom a variance between orders is pooled over methods; with fewer orders there is no
-verdict."""
+"""With fewer orders there is no verdict."""
+ENOUGH = 10
+"""With fewer degrees of freedom a variance between orders is pooled over methods as well."""
 
 
 @dataclass
@@ -231,6 +231,8 @@ def _estimate(own: _Parts, pool: Sequence[_Parts], null: float, rank: float = ma
     variance = order + own.item
     spread = order**2 / order_df + own.item**2 / own.item_df
     df = variance**2 / spread if spread else MANY
+    if count > 1 and order_df < 3 and spread:  # too few to know even that orders do not differ
+        df = min(df, order_df)
     return Estimate(float(own.by_order.mean()), math.sqrt(variance), df, null, tuple(own.by_order))
 
 
@@ -239,15 +241,18 @@ def _pooled(parts: Sequence[_Parts], fine: Sequence, coarse: Sequence, nulls: It
     made = []
     for own, near, far, null in zip(parts, fine, coarse, nulls, strict=True):
         pool = [part for part, key in zip(parts, fine, strict=True) if key == near]
-        if sum(len(part.by_order) - 1 for part in pool) < FEW:
+        if sum(len(part.by_order) - 1 for part in pool) < ENOUGH:
             pool = [part for part, key in zip(parts, coarse, strict=True) if key == far]
         made.append(_estimate(own, pool, null))
     return made
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
-    """p values corrected for their number by Holm's method."""
-    return multipletests(p, LEVEL, method="holm")[1] if len(p) else np.empty(0)
+    """p values corrected for their number by Holm's method (statsmodels' collects all garbage, a second each time)."""
+    order, p = np.argsort(p, kind="stable"), np.asarray(p, float)
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return corrected
 
 
 def mcnemar(after: np.ndarray, before: np.ndarray) -> float:
