@@ -92,11 +92,11 @@ class Ability:
         return kept, (self.values[at] - self.chance - kept * (self.base - self.chance)) / self.unit
 
     def unseen(self, at: int) -> float:
-        """Variance to allow for a change too rare to be seen, where no item changed: that of the exact bound."""
+        """Variance to allow for a change too rare to be seen, where no item changed in any order: the exact bound's."""
         if (self.values[at] != self.base).any():
             return 0.0
         span = {"discrimination": 2.0, "log_odds": float(np.ptp(self.base))}.get(self.scale, 1.0)
-        return (unseen(len(self.base)) * span / self.unit / stats.norm.ppf(1 - LEVEL)) ** 2
+        return (unseen(self.values[at].size) * span / self.unit / stats.norm.ppf(1 - LEVEL)) ** 2
 
 
 def abilities(results: Results) -> list[Ability]:
