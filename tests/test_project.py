@@ -117,7 +117,7 @@ def test_a_run_cannot_be_its_own_reference(wrong, tmp_path, monkeypatch, capsys)
     if wrong == "weights":
         results.manifest["models"][params.models[0]]["fingerprint"] = "of-halved-weights"
     results.save(mine)
-    report.figure(Results.load(params, mine, "run"))
+    report.figures(Results.load(params, mine, "run"))
     assert {path: path.read_bytes() for path in committed.iterdir()} == before
     assert main(["verify", "rq4"]) == (2 if wrong else 0)
     said = capsys.readouterr()
@@ -133,7 +133,10 @@ def test_the_report_holds_every_question_and_fetches_nothing(tmp_path):
     for page in pages:
         assert f'href="{page.name}"' in text
         assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", page.read_text())
-    assert len(re.findall(r"SUPPORTED|INCONCLUSIVE", text)) >= len(pages) - 1
+    assert len(re.findall(r"<td>(supported|not supported|mixed|undecided)</td>", text)) >= len(pages)
+    alts = re.findall(r'<img [^>]*alt="([^"]+)"', text)
+    assert len(alts) == len(pages)
+    assert all(re.search(r"[.] *$", alt) for alt in alts)
 
 
 @pytest.mark.slow

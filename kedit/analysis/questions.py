@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 from kedit.registry import load_object
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+    from kedit.analysis.plots import Picture
     from kedit.study.results import Results
 
 
@@ -22,7 +21,7 @@ class Question:
     default: str
     drawn_by: str
 
-    def figures(self, results: "Results") -> "dict[str, Figure]":
+    def figures(self, results: "Results") -> "dict[str, Picture]":
         """The figures of a run, by file name; ``figure`` is the main one."""
         return load_object(self.drawn_by)(results)
 

@@ -1,13 +1,15 @@
 """From results to the files under figures/, and to one page."""
 
+from collections.abc import Iterable
 from html import escape
+from itertools import takewhile
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import Any
 
 import kedit
 from kedit import KeditError
-from kedit.analysis import plots, scores
+from kedit.analysis import scores
+from kedit.analysis.plots import Picture
 from kedit.analysis.questions import QUESTIONS
 from kedit.store import write_atomic
 from kedit.study.notebook import folder_of
@@ -26,15 +28,18 @@ def publish(results: Results) -> list[Path]:
     table = scores.table(results).to_csv(index=False, float_format="%.6g", lineterminator="\n")
     write_atomic(folder / "table.csv", table.encode())
     figures = QUESTIONS[params.rq].figures(results)
-    made = [path for name, figure in figures.items() for path in plots.save(figure, folder, name)]
+    made = [path for name, figure in figures.items() for path in figure.save(folder, name)]
     return [*made, folder / "table.csv", *results.save(folder)]
 
 
-def figure(results: Results) -> Figure:
-    """The main figure of a run's question; what was run, not read, is written to its folder as well."""
+def figures(results: Results) -> dict[str, Picture]:
+    """The figures of a run's question, the main one under ``figure``; of what was run, not read, all files are written.
+
+    Each is shown where a notebook names it, with its alt text.
+    """
     if results.source == "run":
         publish(results)
-    return QUESTIONS[results.params.rq].figures(results)["figure"]
+    return QUESTIONS[results.params.rq].figures(results)
 
 
 def redraw() -> list[Path]:
@@ -100,13 +105,13 @@ def differences(fresh: Results, committed: Results, tolerance: float = 0.03) -> 
 
 PAGE = Path(__file__).with_name("report.html")
 SECTION = """<section><h2><a href="{link}">{title}</a></h2>
-<a href="{link}"><img src="data:image/png;base64,{figure}" alt="{title}"></a>
-<p class="verdict">{verdict}</p></section>
+<a href="{link}"><img src="data:image/png;base64,{figure}" alt="{alt}"></a>
+{verdict}</section>
 """
 
 
 def html(folder: Path) -> list[Path]:
-    """Render the committed notebooks, and a page with every question's figure and verdict side by side.
+    """Render the committed notebooks, and a page with every question's figure, alt text and verdict side by side.
 
     Returns:
         the files made, the page first. Nothing in them is fetched from elsewhere.
@@ -119,15 +124,20 @@ def html(folder: Path) -> list[Path]:
     for stem in (question.notebook for question in QUESTIONS.values()):
         notebook = nbformat.read(kedit.ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
         title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
-        after = next(i for i, cell in enumerate(notebook.cells) if "## Verdict" in cell.source)
-        verdict = "".join(output.text for output in notebook.cells[after + 1].outputs)
-        outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-        figure = next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {}))
         page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
         made.append(folder / f"{stem}.html")
         write_atomic(made[-1], page.encode())
-        sections.append(
-            SECTION.format(link=made[-1].name, title=escape(title), figure=figure.strip(), verdict=escape(verdict))
-        )
+        figure, alt = _shown(notebook.cells, "image/png")[0]
+        after = next(i for i, cell in enumerate(notebook.cells) if "## Verdict" in cell.source)
+        tables = takewhile(lambda cell: cell.cell_type == "code", notebook.cells[after + 1 :])
+        verdict = "".join(table for table, _ in _shown(tables, "text/html"))
+        about = {"figure": figure.strip(), "alt": escape(alt), "verdict": verdict}
+        sections.append(SECTION.format(link=made[-1].name, title=escape(title), **about))
     write_atomic(folder / "index.html", PAGE.read_text().replace("SECTIONS", "".join(sections)).encode())
     return [folder / "index.html", *made]
+
+
+def _shown(cells: Iterable[Any], kind: str) -> list[tuple[str, str]]:
+    """Of what cells show, that of a kind and its text."""
+    data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", ())]
+    return [(each[kind], each.get("text/plain", "")) for each in data if kind in each]

@@ -5,48 +5,48 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from kedit.analysis.inference import Ability, aspects, effects
+from kedit.analysis import inference, scores, verdicts
+from kedit.analysis.inference import Ability
 from kedit.analysis.scores import LINE, off_chance, shown
+from kedit.analysis.verdicts import NAMES, Verdict
 from kedit.editors import kind_of
 from kedit.study.results import Results
 
 pd.options.display.max_rows = 500  # a notebook's table says something in every row
+pd.options.display.max_colwidth = None
 
 
-def _shown(rows: pd.DataFrame, name: str = "value", interval: str = "ci", sign: str = "") -> pd.Series:
+def _shown(rows: pd.DataFrame, name: str = "value", interval: str = "ci") -> list[str]:
     """Each row's number with its interval."""
-    numbers = rows[[name, f"{interval}_low", f"{interval}_high"]].to_numpy(float)
-    return pd.Series([shown(*three, sign) for three in numbers], rows.index)
-
-
-def _pivot(rows: pd.DataFrame, index: str | list[str], columns: str, text: pd.Series) -> pd.DataFrame:
-    """The text of each row, by ``index`` and ``columns``; columns in the order of the rows."""
-    table = rows.assign(shown=text).pivot(index=index, columns=columns, values="shown")
-    return table[list(dict.fromkeys(rows[columns]))]
-
-
-def _label(method: str) -> str:
-    return kind_of(method).label
+    return [shown(*three) for three in rows[[name, f"{interval}_low", f"{interval}_high"]].to_numpy(float)]
 
 
 def _p(value: float) -> str:
     return "-" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-# Scores --------------------------------------------------------------------------------------------
+def _wide(rows: pd.DataFrame, index: list[str], columns: str, text: Sequence[str]) -> pd.DataFrame:
+    """The text of each row, by ``index`` and ``columns``, both in the order of the rows."""
+    table = rows.assign(text=text).pivot(index=index, columns=columns, values="text").fillna("-")
+    order = pd.MultiIndex.from_frame(rows[index].drop_duplicates())
+    return table.reindex(order, columns=rows[columns].drop_duplicates())
 
 
-def success_table(curves: pd.DataFrame) -> pd.DataFrame:
-    """Edit success of each method at each checkpoint, over all edits so far."""
-    rows = curves[(curves.benchmark == "edit") & (curves.edits > 0)]
-    return _pivot(rows, ["method", "edits"], "metric", _shown(rows))
+# Did the edits happen? -----------------------------------------------------------------------------
 
 
-def success_by_model(curves: pd.DataFrame) -> pd.DataFrame:
-    """Edit success, teacher-forced, at the last checkpoint for each model and method that edits."""
+def success_table(results: Results) -> pd.DataFrame:
+    """Edit success over all edits made, by model and method; reliability of the first and the last tenth of them."""
+    curves = scores.curves(results)
     rows = curves[(curves.benchmark == "edit") & (curves.edits == curves.edits.max())]
-    rows = rows[rows.method.map(lambda method: kind_of(method).edits) & ~rows.metric.str.endswith("_generated")]
-    return _pivot(rows, ["method", "model"], "metric", _shown(rows))
+    table = _wide(rows, LINE, "metric", _shown(rows)).reset_index()
+    works = scores.editing(scores.table(results)).query("edits == edits.max()")
+    for part in (works[[*LINE, "threshold", "editing"]], scores.tenths(results)[[*LINE, "first", "last"]]):
+        table = table.merge(part, how="left", on=LINE)
+    numbers = {name: table[name].map(shown) for name in ("first", "last", "threshold")}
+    names = {"first": "first tenth", "last": "last tenth", "editing": "keeps its edits"}
+    table = table.assign(**numbers, editing=table.editing.map({True: "yes", False: "no"})).rename(columns=names)
+    return table.assign(method=table.method.map(lambda method: kind_of(method).label)).set_index(LINE)
 
 
 def floor_table(abilities: Sequence[Ability]) -> pd.DataFrame:
@@ -62,7 +62,7 @@ def floor_table(abilities: Sequence[Ability]) -> pd.DataFrame:
 
 def journal_table(results: Results) -> pd.DataFrame:
     """What the journals say of the edits: amplification, size of the change, steps, bytes on disk."""
-    edits = pd.DataFrame([{"method": e.method, "bytes": e.bytes, **e.info} for e in results.edits])
+    edits = pd.DataFrame([{"method": kind_of(e.method).label, "bytes": e.bytes, **e.info} for e in results.edits])
     edits = edits.reindex(columns=["method", "bytes", "failed", "steps", "relative_change", "amplification"])
     edits["relative_change"] = edits.relative_change.map(lambda each: max(each) if isinstance(each, list) else each)
     columns = {
@@ -79,15 +79,38 @@ def journal_table(results: Results) -> pd.DataFrame:
     return table.astype(object).where(table.notna(), "-")
 
 
-# What follows from them ----------------------------------------------------------------------------
+# What follows -------------------------------------------------------------------------------------
 
 
-def effects_table(abilities: Sequence[Ability]) -> pd.DataFrame:
-    """What became of each ability at the last checkpoint (``inference.effects``): share kept and state by scale."""
-    rows = effects(abilities)
-    text = rows.kept.map(str).where(rows.state != "floor", "-") + " " + rows.state
-    table = rows.assign(text=text).pivot(index=[*LINE, "benchmark"], columns="scale", values="text").fillna("-")
-    return table.reindex(pd.MultiIndex.from_frame(rows[[*LINE, "benchmark"]].drop_duplicates()))
+def _states(rows: pd.DataFrame, columns: str) -> pd.DataFrame:
+    """What became of each ability, by method and scale: state and share kept; those at the floor are left out."""
+    rows = rows[rows.state != "floor"].assign(scale=rows.scale.map(NAMES.get), method=rows.label)
+    rows = rows.assign(method=rows.label.where(rows.editing, rows.label + " (edits not kept)"))
+    rows = rows.sort_values("editing", ascending=False, kind="stable")
+    text = [f"{row.kept}" if row.state == "apart" else f"{row.state} {row.kept}" for row in rows.itertuples()]
+    table = _wide(rows, ["method", "scale"], columns, text)
+    return table.rename_axis(columns=f"after {rows.edits.iloc[0]} edits, orders: {rows.orders.iloc[0]}")
+
+
+def verdict_table(abilities: Sequence[Ability]) -> pd.DataFrame:
+    """What became of each general ability at the last checkpoint, in the family of ``verdicts.number_of_edits``."""
+    some = inference.general(abilities, None)
+    return _states(inference.effects(some), "benchmark") if some else pd.DataFrame()
+
+
+def safety_table(abilities: Sequence[Ability]) -> pd.DataFrame:
+    """The same of what is asked about safety, each in the family of its sentence (``verdicts.of_safety``)."""
+    groups = verdicts.of_safety(abilities)
+    rows = [inference.effects(group).assign(what=f"{name}: {key}") for (name, key), group in groups.items()]
+    return _states(pd.concat(rows), "what")
+
+
+def sentences(found: Verdict | Sequence[Verdict]) -> pd.DataFrame:
+    """Verdicts, a row each; what the number of orders allows is said once, above."""
+    found = [found] if isinstance(found, Verdict) else found
+    table = pd.DataFrame([{"claim": each.claim, "verdict": each.word, "why": each.because} for each in found])
+    hedge = next((each.hedge for each in found if each.hedge), "")
+    return table.set_index("claim").rename_axis(columns=hedge.rstrip())
 
 
 def contrast_table(contrast: pd.DataFrame) -> pd.DataFrame:
@@ -95,29 +118,26 @@ def contrast_table(contrast: pd.DataFrame) -> pd.DataFrame:
     table = contrast[["label", "scale", "benchmarks", "orders"]].copy()
     for column in ("base", "tuned", "difference"):
         table[column] = contrast[column].map(str)
-    table["p (Holm)"] = contrast.p_holm.map(_p)
-    return table.set_index(["label", "scale"])
+    equal = [" equal" * row.difference.equal() for row in contrast.itertuples()]
+    return table.assign(difference=table.difference + equal, **{"p (Holm)": contrast.p_holm.map(_p)})
 
 
 def trend_table(trend: pd.DataFrame) -> pd.DataFrame:
     """``inference.trend``: share kept and reliability by model, and the slope a tenfold size."""
     rows = [
-        {"method": row.label, "scale": row.scale}
+        {"method": row.label, "scale": NAMES[row.scale]}
         | {model: f"{each} (reliability {row.reliability[model]:.2f})" for model, each in row.kept.items()}
         | {"slope": str(row.slope), "p (Holm)": _p(row.p_holm), "benchmarks": row.benchmarks}
         for row in trend.itertuples()
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).set_index(["method", "scale"]).T if rows else pd.DataFrame()
 
 
-def aspect_table(abilities: Sequence[Ability]) -> pd.DataFrame:
-    """Share kept of each aspect under each method at the last checkpoint (``inference.aspects``)."""
-    rows = []
-    for label in dict.fromkeys(a.label for a in abilities):
-        each, _ = aspects([a for a in abilities if a.label == label])
-        rows.append(each.assign(method=label, kept=each.kept.map(str)))
-    table = pd.concat(rows)
-    return table.pivot(index=["method", "scale"], columns="aspect", values="kept").fillna("-")
+def pairs_table(abilities: Sequence[Ability]) -> pd.DataFrame:
+    """Differences between aspects, mean over the methods by which an ability was lost."""
+    rows = inference.aspects(verdicts.harmed(abilities))[1]
+    text = [f"{row.difference}{' equal' * row.difference.equal()}, p {_p(row.p_holm)}" for row in rows.itertuples()]
+    return _wide(rows.assign(scale=rows.scale.map(NAMES.get)), ["one", "other"], "scale", text)
 
 
 def predictors_table(predictors: pd.DataFrame) -> pd.DataFrame:
