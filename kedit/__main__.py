@@ -100,9 +100,11 @@ def _reproduce(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     """say what a run would do, cost and need"""
+    from kedit.analysis.power import sentence
     from kedit.study.plan import plan
 
-    print(plan(_params(args)))
+    params = _params(args)
+    print(plan(params), sentence(params), sep="\n")
 
 
 def _verify(args: argparse.Namespace) -> None:
