@@ -1,8 +1,10 @@
 """Can a grid decide anything? The minimal detectable effect, from what the committed runs scatter by."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import kedit
+from kedit import KeditError
 from kedit.analysis.inference import ALL, MARGIN, abilities, components, detectable
 from kedit.study.params import Params
 from kedit.study.results import Results
@@ -16,7 +18,8 @@ def _alike(params: Params) -> Iterator[Results]:
         other = Params.find(cells.parent.parent.name, cells.parent.name)
         shared = set(other.benchmarks) & set(params.benchmarks)
         if shared and len(other.orders) > 1 and other.edit_set == params.edit_set:
-            yield Results.load(other, cells.parent)
+            with suppress(KeditError):  # its parameter file was changed since: nothing is known of it
+                yield Results.load(other, cells.parent)
 
 
 def sentence(params: Params) -> str:
