@@ -28,13 +28,16 @@ class KeditError(Exception):
 
 # Imported on first use: what does not need torch must not wait for it.
 _LAZY = {
-    "LM": "kedit.model.lm",
-    "EditRequest": "kedit.data.requests",
-    "check_editor": "kedit.editors.check",
-    "editor": "kedit.editors",
-    "load": "kedit.model.lm",
+    "LM": "kedit.model.lm:LM",
+    "EditRequest": "kedit.data.requests:EditRequest",
+    "check_editor": "kedit.editors.check:check_editor",
+    "editor": "kedit.editors:editor",
+    "evaluate": "kedit.evaluation:evaluate",
+    "load": "kedit.model.lm:load",
+    "load_facts": "kedit.data.facts:load",
+    "run": "kedit.study.notebook:run_named",
 }
-__all__ = ["LM", "ROOT", "EditRequest", "KeditError", "check_editor", "editor", "load"]
+__all__ = ["LM", "ROOT", "EditRequest", "KeditError", "check_editor", "editor", "evaluate", "load", "load_facts", "run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -42,7 +45,8 @@ def __getattr__(name: str) -> Any:
         return metadata.version("kedit")
     if name not in _LAZY:
         raise AttributeError(f"module 'kedit' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    module, _, attribute = _LAZY[name].partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

@@ -106,9 +106,9 @@ def locating(method: str, lm: LM, monkeypatch, **changes) -> tuple[Editor, dict[
     editor = kedit.editor(method, lm, hparams=hparams, statistics=SecondMoments(lm, moments=moments), contexts=["{}"])
     trace: dict[str, list] = {"loss": [], "delta": [], "nll": [], "kl": [], "hit": []}
 
-    def objective(request, texts, layer):
+    def objective(request, texts, inside):
         kl_text = LookupText(tuple(ids("kl", request.id)), ids("kl_p", request.id)[0])
-        made = Objective(lm, texts, kl_text, ids("new", request.id), layer)
+        made = Objective(lm, texts, kl_text, ids("new", request.id), editor.hparams.layers[-1], inside)
 
         def losses(hidden):
             nll, kl = Objective.losses(made, hidden)

@@ -52,6 +52,9 @@ class EditRequest:
         if self.target_new.strip() == self.target_true.strip():
             raise NoTarget(f"target_new equals target_true ({self.target_true!r})")
 
+    def __repr__(self) -> str:
+        return f"<EditRequest {self.text!r}: {self.target_true.strip() or '?'} -> {self.target_new.strip()}>"
+
     @classmethod
     def stated(
         cls, relation: str, templates: Mapping[str, Any], subject: str, new: str, true: str, near: Iterable[str]

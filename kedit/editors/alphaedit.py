@@ -5,6 +5,7 @@ confined to the span of U, the eigenvectors of C with the smallest eigenvalues, 
 edits are held as well.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -109,9 +110,10 @@ class AlphaEdit(memit.MEMIT):
         solved = torch.cholesky_solve(known.T @ inside, factor)
         return basis @ (inside - known @ solved) / l2
 
-    def _apply(self, request: EditRequest, edit: Edit) -> None:
-        super()._apply(request, edit)
+    def _apply_batch(self, requests: Sequence[EditRequest], edit: Edit, each: Sequence[Edit]) -> None:
+        super()._apply_batch(requests, edit, each)
         # What is held from now on are the keys in the edited model.
-        keys = [self._key(self._texts(request), layer) for layer in self.hparams.layers]
-        edit.info["rank"] = [self.basis(layer).shape[1] for layer in self.hparams.layers]
-        edit.write(Entry(self.name, {"keys": torch.stack(keys).cpu()}))
+        for request, one in zip(requests, each, strict=True):
+            keys = [self._key(self._texts(request), layer) for layer in self.hparams.layers]
+            one.info["rank"] = [self.basis(layer).shape[1] for layer in self.hparams.layers]
+            edit.write(Entry(self.name, {"keys": torch.stack(keys).cpu()}))

@@ -50,6 +50,8 @@ class Hparams:
 class Codebook(Memory):
     """Rows of key, value, radius and label (the target's token ids)."""
 
+    linked = True
+
     def __init__(self, lm: LM, layer: int):
         super().__init__()
         self.site = lm.anatomy.down(layer)
@@ -99,7 +101,7 @@ class GRACE(Editor):
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         lm, hp, rows = self.lm, self.hparams, self.memory.entries
-        if len(lm.journal.edits) % hp.every:
+        if lm.journal.count % hp.every:
             edit.info["skipped"] = True
             return
         ids, target = self.prompt_ids(request), self.target_ids(request)

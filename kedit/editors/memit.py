@@ -34,6 +34,9 @@ class MEMIT(locate_then_edit.LocateThenEdit):
     Where a norm or a factor stands after the MLP, z is searched for in front of it, and no update of a lower layer
     moves h by R. There each lower layer takes its part of delta, and the last layer's value is searched for once
     more, with the lower layers as edited: so what the search reaches, the edited model says.
+
+    Several requests are written at once: a column each of R (d, n) and K (m, n), every z found before anything is
+    written.
     """
 
     name = "memit"
@@ -61,32 +64,41 @@ class MEMIT(locate_then_edit.LocateThenEdit):
         return torch.linalg.solve(inner, solved, left=False)
 
     def _apply(self, request: EditRequest, edit: Edit) -> None:
-        lm, layers = self.lm, self.hparams.layers
-        texts, last = self._texts(request), layers[-1]
+        self._apply_batch([request], edit, [edit])
 
+    def _apply_batch(self, requests: Sequence[EditRequest], edit: Edit, each: Sequence[Edit]) -> None:
+        lm, layers = self.lm, self.hparams.layers
+        texts, last = [self._texts(request) for request in requests], layers[-1]
         inside = self.site == "block" and not lm.anatomy.direct[last]
         site = "value" if inside else self.site
 
-        def state() -> Tensor:
-            return activations(lm, texts[:1], [last], site)[last][0].double()
+        def state() -> Tensor:  # of every request, (n, d)
+            bare = [activations(lm, one[:1], [last], site)[last][0] for one in texts]
+            return torch.stack(bare).double()
+
+        def searched(start: Tensor) -> Tensor:
+            return torch.stack([self._search(*of) for of in zip(requests, texts, start, each, strict=True)])
 
         start = state()
-        delta = self._search(request, texts, start, edit)
+        delta = searched(start)
         z = start + delta
-        edit.info["relative_change"] = []
+        for one in each:
+            one.info["relative_change"] = []
         for position, layer in enumerate(layers):
             # Lower layers are already changed, so keys and the residual are read anew each time.
-            key = self._key(texts, layer)
+            keys = torch.stack([self._key(one, layer) for one in texts], 1)
             remaining = len(layers) - position
             if inside and remaining == 1 < len(layers):
-                z = state() + self._search(request, texts, state(), edit)
+                z = state() + searched(state())
             lower = inside and remaining > 1
             left = delta / len(layers) if lower else self._spread(z - state(), remaining)
-            right = self._gain(layer, key[:, None])
+            right = self._gain(layer, keys)
             if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                 raise EditFailed(f"the update of layer {layer} is not finite")
             down = lm.anatomy.down(layer)
-            size = (left.norm() * right.norm()).item() / matrix(down).norm().item()
-            edit.info["relative_change"].append(size)
-            edit.write(LowRank(lm.anatomy.name(down), left[:, None], right))
-        edit.info["left"] = ((z - state()).norm() / delta.norm()).item()
+            size = matrix(down).norm().item()
+            for one, residual, gain in zip(each, left, right.T, strict=True):
+                one.info["relative_change"].append((residual.norm() * gain.norm()).item() / size)
+            edit.write(LowRank(lm.anatomy.name(down), left.T.contiguous(), right))
+        for one, missed, moved in zip(each, z - state(), delta, strict=True):
+            one.info["left"] = (missed.norm() / moved.norm()).item()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kedit import KeditError
 from kedit.data import facts
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.second_moments import SecondMoments
@@ -67,6 +68,9 @@ class Editor(ABC):
         if self.memory is not None:
             lm.journal.attach(self.name, self.memory)
 
+    def __repr__(self) -> str:
+        return f"<Editor {self.name} for {self.lm.name}>"
+
     def make_memory(self) -> Memory | None:
         """The memory of a memory-based method, empty."""
         return None
@@ -116,20 +120,40 @@ class Editor(ABC):
         recipe = self.recipe(self.hparams, self.statistics.key if self.moments_of else {}, self._contexts_given)
         return recipe | self.artefact(self.lm.name, self.lm.fingerprint, self.hparams)
 
-    def apply(self, request: EditRequest) -> Edit:
+    def apply(self, requests: EditRequest | Sequence[EditRequest]) -> Edit:
         """Edit the model in place, on top of whatever edits it already has.
 
+        Args:
+            requests: one, or several. Several are written at once, by one update of each matrix, where the method can
+                (MEMIT, PMET, AlphaEdit), else one after another.
+
+        Returns:
+            one edit, whatever was asked: it is undone, saved and replayed as a whole. Of several requests its ``info``
+            holds that of ``each``.
+
         Raises:
-            EditFailed: no update could be found; the model is as before.
+            EditFailed: no update could be found for one of them; the model is as before.
+            KeditError: there is no request.
         """
+        several = [requests] if isinstance(requests, EditRequest) else list(requests)
+        if not several:
+            raise KeditError("there is nothing to edit: the list of requests is empty.")
         self.prepare()
         start = time.perf_counter()
         before = max(len(self.lm.encode(context)) for context in self.contexts or [""])
-        if (length := before + len(self.prompt_ids(request)) + len(self.target_ids(request))) > self.lm.window:
-            raise EditFailed(f"prompt and target take {length} tokens, and the model reads {self.lm.window}")
-        with self.lm.journal.recording(self.name, request.id) as edit:
-            self._apply(request, edit)
-            if self.edits and not edit.changed and "skipped" not in edit.info:
+        for request in several:
+            length = before + len(self.prompt_ids(request)) + len(self.target_ids(request))
+            if length > self.lm.window:
+                raise EditFailed(f"prompt and target take {length} tokens, and the model reads {self.lm.window}")
+        with self.lm.journal.recording(self.name, *(request.id for request in several)) as edit:
+            if len(several) == 1:
+                each = [edit]
+                self._apply(several[0], edit)
+            else:
+                each = [Edit(self.name, request.id) for request in several]
+                self._apply_batch(several, edit, each)
+                edit.info["each"] = [one.info for one in each]
+            if self.edits and not edit.changed and not any("skipped" in one.info for one in each):
                 raise EditFailed("no bit of the model changed")
             edit.info["seconds"] = time.perf_counter() - start
         return edit
@@ -145,6 +169,18 @@ class Editor(ABC):
     @abstractmethod
     def _apply(self, request: EditRequest, edit: Edit) -> None:
         """Compute the changes and make them through ``edit.write``."""
+
+    def _apply_batch(self, requests: Sequence[EditRequest], edit: Edit, each: Sequence[Edit]) -> None:
+        """The same for several requests; here one after another.
+
+        Args:
+            each: an edit for each request, whose ``info`` is to say what there is to know of it.
+        """
+        for request, one in zip(requests, each, strict=True):
+            made = self.apply(request)
+            one.info |= made.info
+            edit.changes += made.changes
+            edit.changed |= made.changed
 
 
 def committed(method: str, model: str) -> Path:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -18,6 +19,8 @@ from kedit.data.corpus import WIKIPEDIA, corpus, sequences
 from kedit.model.forward import capture, stop_after
 from kedit.model.lm import LM
 from kedit.store import cache_folder, claim, read, write
+
+log = logging.getLogger(__name__)
 
 TOKENS = 98_304
 """Of the text that second moments are taken over, unless said otherwise."""
@@ -99,6 +102,9 @@ class SecondMoments:
     def _collect(self, layers: Sequence[int]) -> None:
         lm = self.lm
         texts, read = sequences(lm, self.text, self.tokens), 0
+        speed = 5e13 if lm.device.type == "cuda" else 5e10 * torch.get_num_threads()  # operations a second, roughly
+        minutes = 2 * lm.model.num_parameters() * self.tokens / speed / 60
+        log.info("second moments of layers %s of %s, once: about %.1f minutes", [*layers], lm.name, minutes)
         sums = dict.fromkeys(layers, 0.0)
         sites = {layer: lm.anatomy.down(layer) for layer in layers}
         last = lm.anatomy.blocks[max(layers)]

@@ -1,8 +1,11 @@
 """What is asked of an edited model."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
 
+from kedit import KeditError
+from kedit.evaluation import benchmarks
 from kedit.evaluation.records import Item
 
 if TYPE_CHECKING:
@@ -13,6 +16,55 @@ MEASURES = {"structure": 1, "refusal": 2}
 """What can be asked at a checkpoint besides edit success and benchmarks -> version of its definition."""
 BENCHMARKS = 2
 """Version of what is kept of a benchmark's items, and of which of them a limit draws."""
+
+
+class Evaluation(NamedTuple):
+    """What a model did on a benchmark.
+
+    Attributes:
+        score: by the metric, over all items: their mean, or what lm-eval makes of them where that is another thing.
+        items: an outcome each: its ``value`` by the metric, and what was answered.
+    """
+
+    benchmark: str
+    metric: str
+    score: float
+    items: list[Item]
+
+    def __repr__(self) -> str:
+        return f"<Evaluation {self.benchmark}: {self.metric} {self.score:.3f}, {len(self.items)} items>"
+
+
+def evaluate(lm: "LM", name: str, limit: int | None = None, num_fewshot: int | None = None) -> Evaluation:
+    """Ask the model, as it is edited now, a benchmark: a bundled one, the study's, or any of lm-eval's.
+
+    Args:
+        name: such as ``mini_mmlu`` (bundled), ``mmlu`` (the study's, with its settings), or what ``lm_eval`` calls its
+            own tasks and groups, such as ``arc_easy``.
+        limit: items in all; None for all there are.
+        num_fewshot: exemplars shown; None for as many as the benchmark says.
+
+    Raises:
+        KeditError: there is no such benchmark, its data cannot be had, it has fewer exemplars, or the model has no chat
+            template.
+    """
+    from kedit.evaluation import harness
+
+    for what, number, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
+        if number is not None and not (type(number) is int and number >= least):
+            raise KeditError(f"{what} is {number!r}; it must be a whole number from {least} up, or None.")
+    about, tasks = asked = benchmarks.find(name, num_fewshot)
+    try:
+        items = harness.evaluate(lm, name, limit, asked=asked)
+    except (ValueError, AssertionError) as error:
+        if num_fewshot is None:
+            raise
+        raise KeditError(f"{name} cannot be asked with {num_fewshot} exemplars ({error}); ask for fewer.") from error
+    values = [item["value"] for item in items]
+    first = next(iter(tasks.values()))
+    metric = about.get("metric") or next(iter(first.aggregation()))
+    score = fmean(values) if about or len(tasks) > 1 else first.aggregation()[metric](values)
+    return Evaluation(name, metric, float(score), items)
 
 
 class Examiner:

@@ -130,8 +130,18 @@ def _item(sample: dict[str, Any], about: dict[str, Any], name: str, task: Any, s
     return item
 
 
+def _plain(sample: dict[str, Any], name: str, task: Any) -> Item:
+    """One item's outcome of a task of which nothing is said: all its metrics, the first as the value; the answer."""
+    answer = sample["filtered_resps"][0]
+    said = {"text": sample["resps"][0][0]} if isinstance(answer, str) else {"lp": sample["filtered_resps"]}
+    metrics = {metric: sample[metric] for metric in sample["metrics"]}
+    return {"id": name, "value": metrics[next(iter(task.aggregation()))]} | said | metrics
+
+
 @torch.inference_mode()
-def evaluate(lm: LM, name: str, limit: int | None = None, guesses: Drafts | None = None) -> list[Item]:
+def evaluate(
+    lm: LM, name: str, limit: int | None = None, guesses: Drafts | None = None, asked: benchmarks.Asked | None = None
+) -> list[Item]:
     """Outcomes of one benchmark on the model as it is now, in the order of its tasks and their items.
 
     Each item holds ``id``, ``value`` (its share of the benchmark's metric), ``parsed`` and either the
@@ -142,29 +152,35 @@ def evaluate(lm: LM, name: str, limit: int | None = None, guesses: Drafts | None
     Args:
         limit: how many items, in all (``benchmarks.draw``); None for all there are.
         guesses: see ``SharedPrefixLM``.
+        asked: the benchmark as ``benchmarks.find`` has it. If it is not ours, items hold all metrics, and the first as
+            ``value``.
 
     Raises:
         KeditError: no such benchmark, its data cannot be had, or it wants a chat template and the model has none.
     """
-    about, tasks = benchmarks.metadata(name), benchmarks.tasks(name)
+    about, tasks = asked or (benchmarks.metadata(name), benchmarks.tasks(name))
     chat = about.get("chat", False)
     if chat and not lm.tokenizer.chat_template:
         raise KeditError(f"model {lm.name} has no chat template; ask {name} of an instruction-tuned model.")
     expected = [about["reference"]] if "reference" in about else list(chain(*about.get("openings", {}).values()))
     reader, items = SharedPrefixLM(lm, guesses, expected), []
-    for subtask, drawn in benchmarks.draw(name, limit).items():
+    for subtask, drawn in benchmarks.draw(name, limit, asked).items():
         if not drawn:
             continue
         # one task at a time: its items share their exemplars. lm-eval draws progress bars of its own, one for
         # each of many short steps.
-        task = {subtask: tasks[subtask]}
+        task = tasks[subtask]
         with contextlib.redirect_stderr(io.StringIO()):
             which = None if limit is None else {subtask: drawn}
-            results = lm_eval.evaluate(reader, task, samples=which, apply_chat_template=chat, bootstrap_iters=0)
-        samples = [s for s in results["samples"][subtask] if s["filter"] == about.get("filter", s["filter"])]
-        scored = reader.scored[len(items) :] or [[]] * len(samples)
+            results = lm_eval.evaluate(
+                reader, {subtask: task}, samples=which, apply_chat_template=chat, bootstrap_iters=0
+            )
+        samples = results["samples"][subtask]
+        wanted = about.get("filter", None if about else samples[0]["filter"])
+        samples = [sample for sample in samples if sample["filter"] == (wanted or sample["filter"])]
+        scored = reader.scored[len(items) :] if expected else [[]] * len(samples)
         for sample, texts in zip(sorted(samples, key=lambda s: s["doc_id"]), scored, strict=True):
             number = str(sample["doc"].get("id", sample["doc_id"]))
             place = number if len(tasks) == 1 else f"{subtask}/{number}"
-            items.append(_item(sample, about, place, tasks[subtask], texts))
+            items.append(_item(sample, about, place, task, texts) if about else _plain(sample, place, task))
     return items

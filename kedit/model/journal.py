@@ -10,6 +10,7 @@ memory, not matrices.
 """
 
 import json
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ class Change:
 
     module: str | None
     """Name of the module whose weight is written, if one is."""
+    memory = None
+    """Name of the method whose memory is written, if one is."""
 
     def write(self, journal: "Journal") -> None:
         """Do it to the journal's model."""
@@ -130,18 +133,23 @@ KINDS: dict[str, type[Change]] = {kind.__name__: kind for kind in Change.__subcl
 
 @dataclass(eq=False)
 class Edit:
-    """What one step changed, with the numbers worth knowing about it.
+    """What one step changed, with the numbers worth knowing about it; a step may be several requests.
 
     ``info`` holds plain numbers and strings: seconds, steps, loss, amplification, relative_change ...
     """
 
     method: str
-    request: str
+    request: str | list[str]
+    """The id of the request; of several, all of them."""
     changes: list[Change] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     journal: "Journal | None" = field(default=None, repr=False)
     changed: bool = field(default=False, repr=False)
     """Whether some bit of a weight, or some memory, is another now (known of edits made, not of those replayed)."""
+
+    def __repr__(self) -> str:
+        where = dict.fromkeys(change.module or f"{change.memory}'s memory" for change in self.changes)
+        return f"<Edit by {self.method} of {reprlib.repr(self.request)}: writes {reprlib.repr([*where])}>"
 
     @torch.no_grad()
     def write(self, change: Change) -> None:
@@ -162,15 +170,24 @@ class Edit:
         self.changed |= not torch.equal(before, after)
 
     def undo(self) -> None:
-        """Take this edit back, to the exact bits.
+        """Take this edit back, to the exact bits, whenever it was made; later edits stay, as they were written.
+
+        The original weights are put back and the other edits made again from the journal: the model is the one that
+        they make without this one. That costs as much as replaying them, and optimises nothing.
 
         Raises:
-            ValueError: the edit is not the last one of a model's journal.
+            KeditError: the edit is not in a model, or later edits by the same method refer to what it remembered.
         """
-        if self.journal is None or self.journal.edits[-1:] != [self]:
-            raise ValueError("only the last edit of a model can be undone; undo the later ones first")
-        self.journal.edits.pop()
-        self.journal.rebuild()
+        journal = self.journal
+        if journal is None or self not in journal.edits:
+            raise KeditError(f"{self!r} cannot be undone: it is in no model, or no longer.")
+        place = journal.edits.index(self)
+        later = {change.memory for edit in journal.edits[place + 1 :] for change in edit.changes if change.memory}
+        for name in later & {change.memory for change in self.changes}:
+            if journal.memories[name].linked:
+                raise KeditError(f"{self!r} cannot be undone: later ones by {name} build on it; undo those first.")
+        del journal.edits[place]
+        journal.rebuild()
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors."""
@@ -209,6 +226,11 @@ class Journal:
         self._originals: dict[str, Tensor] = {}
         self._masters: dict[str, Tensor] = {}
         """What is edited of a half-precision model, in float32."""
+
+    @property
+    def count(self) -> int:
+        """How many requests the model was edited by."""
+        return sum(1 if isinstance(edit.request, str) else len(edit.request) for edit in self.edits)
 
     def _weight(self, module: str) -> Tensor:
         return self.model.get_submodule(module).weight
@@ -270,18 +292,19 @@ class Journal:
             self.memories = memories
 
     @contextmanager
-    def recording(self, method: str, request: str) -> Iterator[Edit]:
-        """Collect an edit, change by change, through ``edit.write``.
+    def recording(self, method: str, *requests: str) -> Iterator[Edit]:
+        """Collect an edit, change by change, through ``edit.write``; in the end it stands for those made meanwhile.
 
         If the body raises, the model is put back to the bits it had and nothing is recorded.
         """
-        edit = Edit(method, request, journal=self)
+        edit, before = Edit(method, requests[0] if len(requests) == 1 else [*requests], journal=self), len(self.edits)
         try:
             yield edit
         except BaseException:
+            del self.edits[before:]
             self.rebuild()
             raise
-        self.edits.append(edit)
+        self.edits[before:] = [edit]
 
     def replay(self, edit: Edit) -> None:
         """Make a stored edit again, bit for bit, without optimising anything."""

@@ -9,7 +9,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from kedit.model.anatomy import Anatomy
 from kedit.model.journal import Journal
 from kedit.model.memory import Memory
 from kedit.model.probes import probe
+from kedit.model.scoring import read
 from kedit.registry import load_object
 from kedit.store import cache_folder, claim, disk, is_whole, seal, set_aside
 
@@ -67,7 +70,13 @@ class LM:
             add_hook_to_module(self.anatomy.base, home)
         self.journal = Journal(model)
         self.begin = [begin_token(tokenizer)] if begin else []
+        model.save_pretrained = _Saving(model, self.journal)
         probe(self)
+
+    def __repr__(self) -> str:
+        made = f"{self.journal.count} edits" if self.journal.count else "unedited"
+        kind, dtype = type(self.model).__name__, str(self.model.dtype).removeprefix("torch.")
+        return f"<LM {self.name}: {kind}, {self.layers} layers, {dtype} on {self.device}, {made}>"
 
     @property
     def memories(self) -> dict[str, Memory]:
@@ -113,6 +122,60 @@ class LM:
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembed final hidden states (..., d) -> float32 logits (..., vocabulary)."""
         return self.anatomy.logits(hidden)
+
+    def generate(self, text: str, tokens: int = 20) -> str:
+        """What the edited model writes after a text, greedily: so many tokens at most, or up to its end token.
+
+        Memories of the memory-based methods are asked, as by benchmarks; ``lm.model.generate`` knows nothing of them.
+
+        Raises:
+            KeditError: so many tokens do not fit into the model's window, or none is asked for.
+        """
+        prompt, end = [*self.begin, *self.encode(text)][tokens - self.window :], self.tokenizer.eos_token_id
+        if not (prompt and 0 < tokens < self.window):
+            raise KeditError(f"generate needs some text, and tokens from 1 up and below the window ({self.window}).")
+        _, (new,) = read(self, [], [prompt], tokens, lambda _, made: made[-1] == end)
+        return self.tokenizer.decode(new, skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model, as it is edited now, and its tokenizer: a folder of transformers', which ``load`` reads too.
+
+        It holds what the model computes, to the bit, and not its journal: the edits cannot be undone there, and
+        AlphaEdit does not know their keys. In half precision it holds the rounded weights.
+
+        Raises:
+            KeditError: there is something in the folder, the disk refuses it, or edits are in a memory, not in weights.
+        """
+        folder = Path(folder).absolute()
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise KeditError(f"{folder} is there already; give a new or an empty folder.")
+        with _disk(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+                whole = Path(temporary) / "model"
+                self.model.save_pretrained(whole)
+                self.tokenizer.save_pretrained(whole)
+                whole.replace(folder)
+        return folder
+
+
+class _Saving:
+    """A model's ``save_pretrained``, which refuses to leave out edits that are in a memory."""
+
+    def __init__(self, model: PreTrainedModel, journal: Journal):
+        self.model, self.journal = weakref.ref(model), weakref.ref(journal)  # so that a model is freed with its LM
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Saving":
+        return _Saving(memo[id(self.model())], self.journal())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        journal, model = self.journal(), self.model()
+        if names := [name for name, memory in journal.memories.items() if memory.answers] if journal else []:
+            raise KeditError(
+                f"the edits by {', '.join(names)} are in a memory, not in the weights, and would be left out of the "
+                "saved model; undo them, or keep the edits themselves (edit.to_bytes())."
+            )
+        return type(model).save_pretrained(model, *args, **kwargs)
 
 
 def _of_function(config: Any) -> Any:
@@ -216,7 +279,7 @@ def _from_wheel(name: str) -> str:
     if not ggufs:
         log.info("the wheel with %s is not installed; using %s from the hub", name, hub_id)
         return hub_id
-    with claim(folder, wait=True), disk(folder):
+    with claim(folder, wait=True), _disk(folder):
         if folder.is_dir() and is_whole(folder, name):  # made by somebody else meanwhile
             return str(folder)
         if folder.is_dir():
@@ -226,13 +289,20 @@ def _from_wheel(name: str) -> str:
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as temporary:
             converted = Path(temporary) / name
-            try:
-                convert_gguf(ggufs[0], converted)
-            except SafetensorError as error:  # its writer tells of a full disk in words of its own
-                raise OSError(errno.EIO, str(error)) from error
+            convert_gguf(ggufs[0], converted)
             seal(converted, name)
             converted.replace(folder)
     return str(folder)
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """As ``store.disk``, of files that safetensors writes, too."""
+    with disk(folder):
+        try:
+            yield
+        except SafetensorError as error:  # its writer tells of a full disk in words of its own
+            raise OSError(errno.EIO, str(error)) from error
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:

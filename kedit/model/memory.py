@@ -33,8 +33,17 @@ class Route:
 class Memory:
     """Entries in the order of the edits. Methods override what they need."""
 
+    linked = False
+    """Whether entries refer to earlier ones, so that none can be taken away but the last."""
+
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
+
+    @property
+    def answers(self) -> bool:
+        """Whether some prompt may be answered because of what is remembered, of which the weights know nothing."""
+        kind = type(self)
+        return bool(self.entries) and (kind.routes, kind.answering) != (Memory.routes, Memory.answering)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Remember one edit."""

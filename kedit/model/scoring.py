@@ -15,18 +15,22 @@ elsewhere are read again by the route's model, after everything was read as if n
 that contexts out of scope keep their very bits.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, cycle, islice, takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kedit.model.lm import LM
 from kedit.model.memory import Route, routes
 from kedit.model.tree import CONTEXT, DISCARDED, PREFIX, TEXT, Cache, Ids, Token, forward, span
+
+if TYPE_CHECKING:
+    from kedit.model.lm import LM
 
 PACK_TOKENS = 384
 """Tokens in one packed sequence: enough to keep the matrix products busy, few enough for its mask."""

@@ -36,6 +36,25 @@ def open_run(rq: str, cell: Mapping[str, Any]) -> Results:
     return found
 
 
+def run_named(params: Params | str | Path, workers: int | None = None, **given: Any) -> Results:
+    """Run a grid from Python (``kedit.run``), or as much of it as is not there yet, into ``runs/<rq>/<name>/``.
+
+    Args:
+        params: a parameter file; or its question and name, such as ``rq1/smoke``.
+        workers: processes at once; by default one a core. A script that starts them must have its own code below
+            ``if __name__ == "__main__":``.
+        given: keys of the file to change, such as ``edits=[0, 2]``; the run gets a name of its own.
+
+    Raises:
+        KeditError: there is no such file, a value is wrong; what a run may raise.
+    """
+    if isinstance(params, str) and not params.endswith(".yaml"):
+        params = Params.find(*params.partition("/")[::2])
+    params = changed(params if isinstance(params, Params) else Params.read(params), given)
+    check(params)
+    return run(params, workers)
+
+
 def chosen(rq: str, name: str, given: Mapping[str, Any]) -> Params:
     """The run of a parameter file, some of whose keys may be given otherwise.
 

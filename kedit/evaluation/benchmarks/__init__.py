@@ -42,6 +42,9 @@ from kedit.workers import quiet_libraries
 HERE = Path(__file__).parent
 PAPER: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "paper.yaml").read_text())
 
+Asked = tuple[dict[str, Any], dict[str, Any]]
+"""What is said of a benchmark (see above), and its lm-eval task objects by name."""
+
 
 class _Loader(yaml.CSafeLoader):
     """Reads lm-eval's YAML without running what its !function tags name."""
@@ -134,6 +137,22 @@ def tasks(name: str) -> dict[str, Any]:
     return dict(TaskManager(include_path=str(known()[name].parent), include_defaults=False).load([name])["tasks"])
 
 
+def find(name: str, num_fewshot: int | None = None) -> Asked:
+    """A benchmark by name, with so many exemplars; or one of lm-eval's own tasks or groups, of which nothing is said.
+
+    Raises:
+        KeditError: there is none, or its data cannot be had.
+    """
+    if name in known():
+        about, built = metadata(name), (tasks if num_fewshot is None else tasks.__wrapped__)(name)
+    else:
+        quiet_libraries()
+        about, built = {}, stock.loaded(name)
+    for task in built.values() if num_fewshot is not None else ():
+        task.set_config("num_fewshot", num_fewshot)
+    return about, built
+
+
 def _located(file: str) -> Path:
     """A file by its path from the folder in which its suite's folder lies."""
     paths = [folder.parent / file for folder in folders().values()]
@@ -163,15 +182,18 @@ def reach(name: str) -> None:
         stock.located(source)
 
 
-def draw(name: str, limit: int | None) -> dict[str, list[int]]:
+def draw(name: str, limit: int | None, asked: Asked | None = None) -> dict[str, list[int]]:
     """Indices of the items that each task of a benchmark gives: all, or ``limit`` in all.
 
     A limited draw is stratified, so that the score of a part estimates that of the whole: by task, and by the right
     answer where all items have the same two choices, else by what items say of their ``kind`` or ``subject``. The
     members of a stratum, in random order, are spread evenly over one sequence, each stratum from a start of its own;
     the draw is the beginning of the sequence. So it is the same for every model, and part of every larger one.
+
+    Args:
+        asked: the benchmark as ``find`` has it.
     """
-    about, built = metadata(name), tasks(name)
+    about, built = asked or (metadata(name), tasks(name))
     if limit is None:
         return {subtask: list(range(len(task.eval_docs))) for subtask, task in built.items()}
     strata: dict[tuple[str, str], list[tuple[str, int]]] = defaultdict(list)

@@ -45,6 +45,25 @@ def tasks(about: Mapping[str, Any]) -> dict[str, Any]:
     return built
 
 
+def loaded(name: str) -> dict[str, Any]:
+    """The tasks that lm-eval itself knows by a name, of a task, a group or a tag, with its own settings.
+
+    Raises:
+        KeditError: it knows none, or the data cannot be had or read.
+    """
+    from lm_eval.tasks import TaskManager
+
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.chdir(hub.mirror() or Path()):
+        try:
+            return dict(TaskManager().load([name])["tasks"])
+        except Exception as error:  # whatever a task's own code, or a library, stumbles over
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise KeditError(
+                f"benchmark {name!r} cannot be asked ({reason}); it must be one of kedit's or of lm-eval's (lm_eval ls "
+                "tasks), with its data on a hub within reach or in KEDIT_MIRROR."
+            ) from error
+
+
 def _task(path: Path, settings: Mapping[str, Any]) -> Any:
     import datasets
     from lm_eval.api.task import ConfigurableTask
