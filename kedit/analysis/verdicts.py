@@ -135,7 +135,8 @@ def instruction_tuning(abilities: Sequence[Ability], twins: Sequence[tuple[str, 
         + ", equal within the margin" * r.difference.equal()
         for r in rows.itertuples()
     )
-    because = f"Share kept, mean over {len(twins)} pairs of models and their abilities: {each}.{_outside(abilities)}"
+    pairs = f"{len(twins)} pairs of twins" if len(twins) > 1 else "the one pair of twins, for which alone this holds,"
+    because = f"Share kept, mean over {pairs} and their abilities: {each}.{_outside(abilities)}"
     words = ("more slowly", f"not more slowly, by {MARGIN:.2f} of the ability")
     return _judge(claim, _more(rows, "difference"), rows.orders.min(), words, because)
 
