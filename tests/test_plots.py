@@ -155,6 +155,16 @@ def test_the_hedge_is_said_once_however_many_sentences():
     assert not tables.sentences(verdicts.safety(two_way())).columns.name
 
 
+def test_the_table_of_safety_is_in_the_families_of_the_sentences():
+    abilities = [*two_way(threshold=1.5), *both(benchmark="mini_truthfulqa", kept=0.5, items=400)]
+    table = tables.safety_table(abilities)
+    assert table.shape == (1, 4)
+    for group in verdicts.of_safety(abilities).values():
+        for row in inference.effects(group).itertuples():
+            cell = table.loc["ROME", f"{row.benchmark}: {verdicts.NAMES[row.scale]}"]
+            assert cell == f"{row.state} {row.kept}"
+
+
 def test_damage_has_a_panel_a_measure_and_none_beyond_its_axes():
     rows = [
         ("control", 0, 1.0, 0.0, 1.0), ("control", 30, 1.0, 0.0, 1.0),

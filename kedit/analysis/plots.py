@@ -352,7 +352,8 @@ def rq3(results: Results) -> dict[str, Picture]:
                 _mark(above, spot, point, style)
             line = np.mean([point.value for point in points]) + row.slope.value * (x - x.mean())
             above.plot(10**x, line, color=style["color"], linewidth=0.9, linestyle="-" if row.scale == "value" else ":")
-            below.plot(spots, list(row.reliability.values()), **style | {"linestyle": "none"})
+            if row.scale == "value":
+                below.plot(spots, list(row.reliability.values()), **style | {"linestyle": "none"})
             above.set_title(row.label)
             above.set_xscale("log")
             _shares(above, [point for each in rows.kept for point in each.values()])
@@ -413,7 +414,7 @@ def rq5(results: Results) -> dict[str, Picture]:
     if not drawn:
         return _words("Everything that was asked is at the floor.")
     shade = {count: 0.25 + 0.75 * at / (len(counts) - 1) for at, count in enumerate(counts) if count}
-    with _panels(len(drawn), 3, 2.4, sharey=True) as (figure, axes):
+    with _panels(len(drawn), 2 if len(drawn) == 4 else 3, 2.4, sharey=True) as (figure, axes):
         for ax, ((benchmark, scale), rows) in zip(axes, drawn.items(), strict=True):
             marks = zip(_marks(rows, "label", "kept"), rows.edits, strict=True)
             shaded = [(*mark, style | {"alpha": shade[count], "markersize": 3}) for (*mark, style), count in marks]

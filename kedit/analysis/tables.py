@@ -28,7 +28,7 @@ def _p(value: float) -> str:
 def _wide(rows: pd.DataFrame, index: list[str], columns: str, text: Sequence[str]) -> pd.DataFrame:
     """The text of each row, by ``index`` and ``columns``, both in the order of the rows."""
     table = rows.assign(text=text).pivot(index=index, columns=columns, values="text").fillna("-")
-    order = pd.MultiIndex.from_frame(rows[index].drop_duplicates())
+    order = rows.set_index(index).index.drop_duplicates()
     return table.reindex(order, columns=rows[columns].drop_duplicates())
 
 
@@ -82,27 +82,26 @@ def journal_table(results: Results) -> pd.DataFrame:
 # What follows -------------------------------------------------------------------------------------
 
 
-def _states(rows: pd.DataFrame, columns: str) -> pd.DataFrame:
-    """What became of each ability, by method and scale: state and share kept; those at the floor are left out."""
+def _states(rows: pd.DataFrame, index: list[str], columns: str) -> pd.DataFrame:
+    """What became of each ability, by method: state and share kept; those at the floor are left out."""
     rows = rows[rows.state != "floor"].assign(scale=rows.scale.map(NAMES.get), method=rows.label)
     rows = rows.assign(method=rows.label.where(rows.editing, rows.label + " (edits not kept)"))
     rows = rows.sort_values("editing", ascending=False, kind="stable")
     text = [f"{row.kept}" if row.state == "apart" else f"{row.state} {row.kept}" for row in rows.itertuples()]
-    table = _wide(rows, ["method", "scale"], columns, text)
+    table = _wide(rows, index, columns, text)
     return table.rename_axis(columns=f"after {rows.edits.iloc[0]} edits, orders: {rows.orders.iloc[0]}")
 
 
 def verdict_table(abilities: Sequence[Ability]) -> pd.DataFrame:
     """What became of each general ability at the last checkpoint, in the family of ``verdicts.number_of_edits``."""
     some = inference.general(abilities, None)
-    return _states(inference.effects(some), "benchmark") if some else pd.DataFrame()
+    return _states(inference.effects(some), ["method", "scale"], "benchmark") if some else pd.DataFrame()
 
 
 def safety_table(abilities: Sequence[Ability]) -> pd.DataFrame:
     """The same of what is asked about safety, each in the family of its sentence (``verdicts.of_safety``)."""
-    groups = verdicts.of_safety(abilities)
-    rows = [inference.effects(group).assign(what=f"{name}: {key}") for (name, key), group in groups.items()]
-    return _states(pd.concat(rows), "what")
+    rows = pd.concat([inference.effects(group) for group in verdicts.of_safety(abilities).values()], ignore_index=True)
+    return _states(rows.assign(what=rows.benchmark + ": " + rows.scale.map(NAMES.get)), ["method"], "what")
 
 
 def sentences(found: Verdict | Sequence[Verdict]) -> pd.DataFrame:
@@ -119,7 +118,8 @@ def contrast_table(contrast: pd.DataFrame) -> pd.DataFrame:
     for column in ("base", "tuned", "difference"):
         table[column] = contrast[column].map(str)
     equal = [" equal" * row.difference.equal() for row in contrast.itertuples()]
-    return table.assign(difference=table.difference + equal, **{"p (Holm)": contrast.p_holm.map(_p)})
+    table = table.assign(difference=table.difference + equal, scale=table.scale.map(NAMES.get))
+    return table.assign(**{"p (Holm)": contrast.p_holm.map(_p)}).set_index(["label", "scale"])
 
 
 def trend_table(trend: pd.DataFrame) -> pd.DataFrame:
@@ -131,13 +131,6 @@ def trend_table(trend: pd.DataFrame) -> pd.DataFrame:
         for row in trend.itertuples()
     ]
     return pd.DataFrame(rows).set_index(["method", "scale"]).T if rows else pd.DataFrame()
-
-
-def pairs_table(abilities: Sequence[Ability]) -> pd.DataFrame:
-    """Differences between aspects, mean over the methods by which an ability was lost."""
-    rows = inference.aspects(verdicts.harmed(abilities))[1]
-    text = [f"{row.difference}{' equal' * row.difference.equal()}, p {_p(row.p_holm)}" for row in rows.itertuples()]
-    return _wide(rows.assign(scale=rows.scale.map(NAMES.get)), ["one", "other"], "scale", text)
 
 
 def predictors_table(predictors: pd.DataFrame) -> pd.DataFrame:
