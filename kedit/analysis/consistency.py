@@ -3,9 +3,9 @@
 A check gathers cells into claims and asks two things of each: how improbable are these numbers if the statement holds
 (``p_if_true``), and if it does not (``p_if_false``)? Its finding is ``does not`` (agree) where the former, ``agrees``
 where the latter is below 5% by Holm's method over all claims of the check, and ``cannot be told`` otherwise. The
-numbers were read from images, so no finding may rest on one cell: both p are the largest with any one cell of the claim
-left out, which covers any digit of it that was misread. Cells whose reading is doubtful enter no check and are counted
-apart.
+numbers were read from images, so no finding may rest on one cell: what counts are the largest p with any one cell of
+the claim left out (``worst_...``), which covers any digit of it that was misread. Cells whose reading is doubtful enter
+no check and are counted apart.
 
 What does not agree could not be reproduced from the tables alone; nothing here says why. The strongest counter-argument
 ends each docstring and is the frame's ``caveat``; the first line of a docstring is what was ``tested``.
@@ -31,8 +31,6 @@ MISREAD, DISAGREEING, MARGIN = 0.05, 0.01, 0.05
 """Share of cells of which a digit may be wrong (of GSM8K's and CommonsenseQA's, which are k/n, it is about 0.03); share
 of items on which two models that were edited apart differ at least, right against wrong; and points above chance: a
 model with fewer has next to nothing to lose."""
-BANDS = ["1 to 5", "10 to 20", "30 to 1000"]
-"""Numbers of edits: a few, the study's "dozens" at their least, more."""
 TWINS = {"Llama2-7B": "Llama2-7B-chat", "Mistral-7B": "Mistral-7B-Instruct"}
 LINE = ["table", "model", "method"]
 FINDINGS = np.array(["agrees", "does not", "cannot be told"])
@@ -41,6 +39,7 @@ SURE = "^$|as published"
 """Notes of cells that are not in doubt: what is odd "as published" was read without doubt."""
 P = ["p_if_false", "p_if_true", "worst_if_false", "worst_if_true"]
 """With every cell, and the largest with any one left out; all by Holm's method."""
+COLUMNS = ["table", "models", "methods", "edits", "benchmark", "cells", "arithmetic", *P]
 
 
 def _check(claims: Callable[[pd.DataFrame], Iterator[tuple]]) -> Callable[..., pd.DataFrame]:
@@ -59,9 +58,7 @@ def _check(claims: Callable[[pd.DataFrame], Iterator[tuple]]) -> Callable[..., p
         for labels, cells, rule in claims(rows.merge(unedited[["model", "benchmark", "base"]])):
             every = [rule(cells), *(rule(cells[:i] + cells[i + 1 :]) for i in map(cells.index, {*cells}))]
             made.append((*labels, len(cells), every[0][2], *every[0][:2], *np.max([p[:2] for p in every], axis=0)))
-        frame = pd.DataFrame(
-            made, columns=["table", "models", "methods", "edits", "benchmark", "cells", "arithmetic", *P]
-        )
+        frame = pd.DataFrame(made, columns=COLUMNS)
         frame[P] = np.transpose([holm(frame[key].astype(float)) for key in P])
         alone, found = (np.select([frame[P[i + 1]] < LEVEL, frame[P[i]] < LEVEL], [1, 0], 2) for i in (0, 2))
         robust = np.where(alone == found, "whichever one cell is misread", "if none is misread, " + FINDINGS[alone])
@@ -82,8 +79,7 @@ def _tail(chances: list[float], count: int) -> float:
 
 def fits(score: float, n: int) -> bool:
     """Whether some k/n rounds to the score's four digits (a half either way), in whole numbers."""
-    units = round(score * 10_000)
-    return abs(10_000 * round(units * n / 10_000) - units * n) * 2 <= n
+    return 2 * abs(10_000 * round(score * n) - round(score * 10_000) * n) <= n
 
 
 def _fitting(cells: list[tuple[float, int]]) -> tuple[float, float, str]:
@@ -131,7 +127,6 @@ def values_of_a_line(rows: pd.DataFrame) -> Iterator[tuple]:
 # Lines that agree ------------------------------------------------------------------------------------
 
 
-@functools.cache
 def _near(n: int, apart: float, within: float) -> float:
     """P(two scores on n items differ by ``within`` at most), where ``apart`` n answers differ, each way as likely."""
     half, side = int(n * within + 1e-6) // 2, -(-round(max(apart, DISAGREEING) * n) // 2)
@@ -148,10 +143,8 @@ def _agreeing(cells: list[tuple[bool, float]]) -> tuple[float, float, str]:
 def _pairs(rows: pd.DataFrame, which: Callable[[tuple, tuple], bool], within: float) -> Iterator[tuple]:
     """What pairs of lines (table, model, method) have in common, cells that say nothing left out."""
     models = rows.groupby(["table", "benchmark", "score"]).model.transform("nunique")
-    rows = rows.assign(mute=(rows.score == 0) | (models > 2))[rows.method != "none"]
-    lines: dict[tuple, dict] = {}
-    for *line, edits, name, score, base, mute in rows[[*LINE, "edits", "benchmark", "score", "base", "mute"]].values:
-        lines.setdefault(tuple(line), {})[edits, name] = score, base, mute
+    rows = rows.assign(mute=(rows.score == 0) | (models > 2))[rows.method != "none"].set_index(["edits", "benchmark"])
+    lines = {line: some[["score", "base", "mute"]].T.to_dict("list") for line, some in rows.groupby(LINE)}
     for one, other in ((one, other) for one in lines for other in lines if which(one, other)):
         both = [(key, *cell, *lines[other][key]) for key, cell in lines[one].items() if key in lines[other]]
         both = [(key, x, y, a, b) for key, x, a, dull, y, b, mute in both if not (dull and mute) and (x, y) != (a, b)]
@@ -224,13 +217,9 @@ def _difference(score: float, base: float, n: int) -> float:
 
 def _changes(p: list[float]) -> tuple[float, float, str]:
     """Cells are p of changes; the arithmetic has the z to which the smallest corresponds."""
-    text = f"{sum(holm(p) < LEVEL)} of {len(p)} beyond noise (Holm), {sum(each < LEVEL for each in p)} uncorrected"
-    least = min(p, default=1.0)
-    return (
-        min(1.0, max(len(p), 1) * least),
-        float(not p or least < LEVEL),
-        f"{text}; largest |z| {stats.norm.isf(least / 2):.2f}",
-    )
+    beyond, plain, z = sum(holm(p) < LEVEL), sum(each < LEVEL for each in p), stats.norm.isf(min(p, default=1.0) / 2)
+    text = f"{beyond} of {len(p)} beyond noise (Holm), {plain} uncorrected; largest |z| {z:.2f}"
+    return min([1.0, *(len(p) * each for each in p)]), float(not p or plain > 0), text
 
 
 @_check
@@ -245,7 +234,7 @@ def edits_change(rows: pd.DataFrame) -> Iterator[tuple]:
     changes, so "inside noise" is not "no change". Items are the only noise counted: with one run and one order of
     edits, a change beyond it is one of these edits, not yet of the method.
     """
-    bands = pd.cut(rows.edits, [0, 5, 20, 1000], labels=BANDS)
+    bands = pd.cut(rows.edits, [0, 5, 20, 1000], labels=["1 to 5", "10 to 20", "30 to 1000"])
     for (*line, band), some in rows.groupby([*LINE, bands], observed=True):
         cells = [_difference(*cell) for cell in zip(some.score, some.base, some.benchmark.map(ITEMS), strict=True)]
         yield (*line, band, " / ".join(some.benchmark.unique())), cells, _changes
@@ -261,12 +250,9 @@ def consistency(rows: pd.DataFrame | None = None) -> pd.DataFrame:
     rows = published._every() if rows is None else rows
     left = rows[~rows.note.str.contains(SURE)].assign(check="doubtful_cells", cells=1, finding=FINDINGS[2])
     left = left.rename(columns={"model": "models", "method": "methods", "note": "arithmetic"}).drop(columns="score")
-    return pd.concat([*(check(rows) for check in CHECKS), left], ignore_index=True)
+    return pd.concat([*(check(rows) for check in CHECKS), left], ignore_index=True).astype({"table": str})
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:
     """By check and table: ``All`` cells (of lines that are compared: pairs), and those in claims of each finding."""
-    counts = pd.crosstab(
-        [found.check, found.table.astype(str)], found.finding, found.cells, aggfunc="sum", margins=True
-    )
-    return counts.fillna(0).astype(int)
+    return pd.crosstab([found.check, found.table], found.finding, found.cells, aggfunc="sum", margins=True).fillna(0)
