@@ -182,10 +182,9 @@ class Edit:
         if journal is None or self not in journal.edits:
             raise KeditError(f"{self!r} cannot be undone: it is in no model, or no longer.")
         place = journal.edits.index(self)
-        later = {change.memory for edit in journal.edits[place + 1 :] for change in edit.changes if change.memory}
-        for name in later & {change.memory for change in self.changes}:
-            if journal.memories[name].linked:
-                raise KeditError(f"{self!r} cannot be undone: later ones by {name} build on it; undo those first.")
+        linked = [change.memory for change in self.changes if change.memory and journal.memories[change.memory].linked]
+        if any(change.memory in linked for edit in journal.edits[place + 1 :] for change in edit.changes):
+            raise KeditError(f"{self!r} cannot be undone: later ones by {linked[0]} build on it; undo those first.")
         del journal.edits[place]
         journal.rebuild()
 
