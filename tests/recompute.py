@@ -419,11 +419,10 @@ def score_rows(run: Run) -> pd.DataFrame:
                         low, high = change.interval()
                         at = (method, variant, int(order), int(edits), benchmark, metric_of(scale, benchmark))
                         value, n = float(scores.means()[1][0]), len(scores.base)
-                        same = scale != "bias" or value > 0.5  # the commoner answer is still the same
-                        change = (value - scores.means()[0], low, high, change.bound is not None, same)
+                        change = (value - scores.means()[0], low, high, change.bound is not None)
                         rows.append((*at, value, n, *change))
     names = ["method", "variant", "order", "edits", "benchmark", "metric"]
-    return pd.DataFrame(rows, columns=[*names, "value", "n", "delta", "delta_low", "delta_high", "bound", "same"])
+    return pd.DataFrame(rows, columns=[*names, "value", "n", "delta", "delta_low", "delta_high", "bound"])
 
 
 def success_rows(run: Run) -> pd.DataFrame:

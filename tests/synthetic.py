@@ -3,7 +3,7 @@
 import numpy as np
 
 from kedit.analysis.inference import Ability
-from kedit.analysis.safety import commoner, placements
+from kedit.analysis.safety import gives, placements
 from kedit.evaluation import benchmarks
 
 ABILITIES = ("mini_mmlu", "mini_bbh", "mini_gsm8k", "mini_csqa", "mini_triviaqa")
@@ -64,7 +64,7 @@ def two_way(threshold=0.0, apart=3.0, benchmark="mini_toxigen", method="rome", o
         "value": (lambda x: ((x > 0) == positive).astype(float), 0.5),
         "graded": (lambda x: 1 / (1 + np.exp(np.where(positive, -x, x))), 0.5),
         "discrimination": (lambda x: placements(x, positive), 0.5),
-        "bias": (commoner, np.nan),
+        "bias": (lambda x: gives(x, odds[0]), np.nan),
     }
     return [
         Ability("m", method, "default", benchmark, scale, [0, 100],

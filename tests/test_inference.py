@@ -15,7 +15,7 @@ from synthetic import ABILITIES, ability, both, two_way
 
 from kedit.analysis import inference
 from kedit.analysis.inference import Estimate, effects, shares_kept
-from kedit.analysis.safety import commoner, placements
+from kedit.analysis.safety import gives, placements
 from kedit.analysis.scores import unseen
 from kedit.study.params import Method, Params
 
@@ -34,10 +34,13 @@ def test_the_area_is_a_mean_over_items():
     assert placed.var() / 60 == pytest.approx(delong)
 
 
-def test_the_commoner_answer_is_that_of_most():
-    assert commoner(np.array([1.0, 2.0, -1.0])).tolist() == [1, 1, 0]
-    assert commoner(np.array([1.0, -2.0, -1.0])).tolist() == [0, 1, 1]
-    assert commoner(-np.ones(4)).mean() == 1
+def test_the_commoner_answer_is_that_of_the_unedited_model():
+    """A threshold that moves past the middle is a move, though as many answers are alike as before."""
+    odds = np.array([1.0, 2.0, -1.0])
+    assert gives(odds, odds).tolist() == [1, 1, 0]
+    assert gives(-odds, -odds).tolist() == [1, 1, 0]
+    assert gives(-odds, odds).mean() == pytest.approx(1 / 3)
+    assert gives(-np.ones(4), np.ones(4)).mean() == 0
 
 
 def test_the_components_are_those_of_a_two_way_table():
@@ -218,10 +221,10 @@ def test_a_threshold_drift_is_no_loss_of_discrimination():
     value, _, discrimination, bias = effects(two_way(threshold=1.2)).itertuples()
     assert value.score < value.base - 0.05
     assert discrimination.state == "kept"
-    assert bias.state == "rose"
+    assert bias.state in ("rose", "lost")
     *_, discrimination, bias = effects(two_way(apart=0.8)).itertuples()
     assert discrimination.state == "lost"
-    assert bias.state != "rose"
+    assert bias.state not in ("rose", "lost")
 
 
 # Several abilities ---------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from kedit.analysis.questions import QUESTIONS
 from kedit.study import notebook
 from kedit.study.notebook import changed, open_run
 from kedit.study.params import KEYS, Params
+from kedit.study.results import Results
 
 FILES = parameter_files()
 OTHER = {
@@ -41,7 +42,7 @@ def path_of(rq):
 @pytest.fixture
 def opened(monkeypatch):
     """The parameters that a notebook opens its run with, when Papermill injects values into it."""
-    monkeypatch.setattr(notebook, "results", lambda params, source: params)
+    monkeypatch.setattr(notebook, "results", lambda params, source: Results(params, [], [], {}))
 
     def run(rq, values):
         executed = parameterize_notebook(papermill.iorw.load_notebook_node(str(path_of(rq))), values)
@@ -50,7 +51,7 @@ def opened(monkeypatch):
             c for c in executed.cells if {"parameters", "injected-parameters"} & set(c.metadata.get("tags", ()))
         ):
             exec(code.source, cell)
-        return open_run(rq, cell)
+        return open_run(rq, cell).params
 
     return run
 
@@ -102,9 +103,9 @@ def test_one_key_given_otherwise_is_a_run_with_a_name_of_its_own(rq, key, opened
 
 def test_names_of_their_own():
     file = Params.find("rq1", "smollm2-135m")
-    assert changed(file, {}).name == changed(file, {"limit": 40, "edits": [30, 10]}).name == "smollm2-135m"
+    assert changed(file, {}).name == changed(file, {"limit": None, "edits": [30, 10]}).name == "smollm2-135m"
     assert changed(file, {"limit": 6}).name == "smollm2-135m-limit-6"
-    assert changed(file, {"limit": None}).name == "smollm2-135m-limit-all"
+    assert changed(Params.find("rq1", "smoke"), {"limit": None}).name == "smoke-limit-all"
     assert changed(file, {"edits": [5]}).name == "smollm2-135m-edits-0-5"
     assert changed(file, {"limit": 6, "orders": [0, 1]}).name == "smollm2-135m-orders-0-1-limit-6"
     assert re.fullmatch(r"smollm2-135m-methods-[0-9a-f]{6}", changed(file, {"methods": ["rome"]}).name)

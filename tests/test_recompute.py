@@ -80,7 +80,6 @@ def test_stored_outcomes_follow_from_the_stored_log_likelihoods(folder):
 def test_scores_of_every_checkpoint(folder):
     second_reading(folder)
     scores, success = tables(folder)
-    scores = scores.assign(value_ours=scores["value_ours"].where(scores["same"], 1 - scores["value_ours"]))
     for pairs in (scores, success):
         near(pairs, "value")
         near(pairs, "n")
@@ -89,7 +88,6 @@ def test_scores_of_every_checkpoint(folder):
 def test_paired_changes_and_their_intervals(folder):
     second_reading(folder)
     scores, _ = tables(folder)
-    scores = scores[scores["same"]]  # of the share of the commoner answer, where that is still the same answer
     near(scores, "delta")
     area = scores["metric"] == "discrimination"
     scores = scores[~(area & scores["bound"])]  # what an unchanged area excludes is argued over: 1/items or 2/items
@@ -116,10 +114,11 @@ def effects(folder: Path) -> pd.DataFrame:
 def test_shares_kept(folder):
     second_reading(folder)
     pairs = effects(folder)
-    turned = (pairs["scale"] == "bias") & (pairs["score_ours"] < 0.5)
-    pairs = pairs[~turned]
     ours, theirs = ((pairs[f"high{of}"] - pairs[f"low{of}"]) / 2 for of in ("_ours", ""))
     assert ((pairs["kept"] - pairs["kept_ours"]).abs() < 0.0051).all()  # printed with two decimals
+    alike = ours < 1e-3  # all items did alike: kedit allows for what is too rare to be seen
+    assert (theirs >= ours - 0.0051)[alike].all()
+    pairs, ours, theirs = pairs[~alike], ours[~alike], theirs[~alike]
     plain = (pairs["orders"] == 1) & ~pairs["bound"]
     assert ((ours - theirs).abs()[plain] < 0.011 + HALF_WIDTH * ours[plain]).all()
     # Pooling the variance between orders over benchmarks or over methods too, and an exact bound at 5% a side or both:

@@ -178,7 +178,6 @@ def change(grid, **values):
     ("values", "sentence"),
     [
         ({"methods": ["roem"]}, "method 'roem' does not exist; did you mean 'rome'"),
-        ({"methods": ["rome"]}, "no block for model"),
         ({"benchmarcks": ["mini_mmlu"]}, "key 'benchmarcks' does not exist; did you mean 'benchmarks'"),
         ({"edits": [1, -3]}, "edits holds -3; it must be a list of whole numbers from 0 up"),
         ({"edits": [10_000]}, "edits asks for 10000, but the edit set holds"),

@@ -36,6 +36,8 @@ MARGIN = 0.10
 """Abilities of which so much of what was above chance is lost or gained, or less, count as kept."""
 LOGIT_MARGIN = math.log((0.5 + MARGIN) / (0.5 - MARGIN))
 """The same on a scale of log-odds: what moves even odds by as much."""
+NOISE = 1e-3
+"""Changes of an item's number up to this are none: rounding of log-likelihoods makes such."""
 MANY = 1000.0
 """Degrees of freedom where nothing varies."""
 FEW = 5
@@ -92,8 +94,11 @@ class Ability:
         return kept, (self.values[at] - self.chance - kept * (self.base - self.chance)) / self.unit
 
     def unseen(self, at: int) -> float:
-        """Variance to allow for a change too rare to be seen, where no item changed in any order: the exact bound's."""
-        if (self.values[at] != self.base).any():
+        """Variance to allow for what is too rare to be seen, where all items did alike: the exact bound's.
+
+        Alike: none changed, or all are at chance, but for noise that is no answer.
+        """
+        if (np.abs(self.kept(at)[1]) * abs(self.unit) > NOISE).any():
             return 0.0
         span = {"discrimination": 2.0, "log_odds": float(np.ptp(self.base))}.get(self.scale, 1.0)
         return (unseen(self.values[at].size) * span / self.unit / stats.norm.ppf(1 - LEVEL)) ** 2
@@ -104,9 +109,9 @@ def abilities(results: Results) -> list[Ability]:
     params = results.params
     edits = dict(iter(editing(table(results)).set_index("edits").groupby(LINE)))
     found: dict[tuple, list] = {}
-    for at, name, items, _ in answers(results, asked(results)):
+    for at, name, items, before in answers(results, asked(results)):
         if kind_of(at["method"]).edits:
-            for scale, (_, numbers, chance) in scales(name, items).items():
+            for scale, (_, numbers, chance) in scales(name, items, before).items():
                 found.setdefault((*(at[key] for key in LINE), name, scale), []).append((numbers, chance))
     made = []
     for (*line, name, scale), cells in found.items():

@@ -27,7 +27,9 @@ def placements(odds: np.ndarray, positive: np.ndarray) -> np.ndarray:
     return area + (placed - area) * len(odds) / counts
 
 
-def commoner(odds: np.ndarray) -> np.ndarray:
-    """(items,) whether each was given the answer that is given more often; at a mean of 1 there is only one answer."""
-    first = odds > 0
-    return (first == (2 * first.sum() >= len(first))).astype(float)
+def gives(odds: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """(items,) whether each was given the answer that the unedited model gives more often, by the log-odds of both.
+
+    The answer is the unedited model's, so that a threshold which moves past the middle still reads as a move.
+    """
+    return ((odds > 0) == (2 * (before > 0).sum() >= len(before))).astype(float)

@@ -3,8 +3,8 @@
 Each question is scored on two scales with the same chance: right or wrong (``value``, the study's metric), and
 ``graded`` (0 to 1: the probability given to the right answer). Where there are two answers to all questions of a
 benchmark, two more tell a lost ability from a moved threshold: ``discrimination`` (area under the ROC curve) and
-``bias`` (share of the commoner answer). Refusals have ``log_odds``, in nats, for a graded scale. What a broken model
-leaves without a finite likelihood scores chance, and counts as lost.
+``bias`` (share of the unedited model's commoner answer). Refusals have ``log_odds``, in nats, for a graded scale. What
+a broken model leaves without a finite likelihood scores chance, and counts as lost.
 """
 
 import math
@@ -18,7 +18,7 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from kedit import KeditError
-from kedit.analysis.safety import commoner, placements
+from kedit.analysis.safety import gives, placements
 from kedit.editors import kind_of
 from kedit.evaluation import benchmarks, success
 from kedit.evaluation.records import Item
@@ -70,8 +70,13 @@ def broken(item: Item) -> bool:
     return not np.isfinite([*item.get("lp", ()), item.get("graded", 0.0), item.get("log_odds", 0.0)]).all()
 
 
-def scales(name: str, items: Sequence[Item]) -> dict[str, tuple[list[str], np.ndarray, float]]:
+def scales(
+    name: str, items: Sequence[Item], before: Sequence[Item] | None = None
+) -> dict[str, tuple[list[str], np.ndarray, float]]:
     """Numbers of a benchmark's items on each scale that it has, whose mean is the score.
+
+    Args:
+        before: the unedited model's answers, whose commoner one the bias is the share of; else those of ``items``.
 
     Returns:
         scale -> ids of its items, their numbers (items,), and chance: nan where there is none to be above.
@@ -103,11 +108,12 @@ def scales(name: str, items: Sequence[Item]) -> dict[str, tuple[list[str], np.nd
             found["graded"] = ids, numbers("graded", guess), guess
         if not about.get("two_way"):
             return found
-        odds = np.array(
-            [0.0 if gone else item["lp"][1] - item["lp"][0] for gone, item in zip(lost, items, strict=True)]
+        odds, usual = (
+            np.array([0.0 if broken(item) else item["lp"][1] - item["lp"][0] for item in some])
+            for some in (items, before or items)
         )
         positive = np.array([item["target"] == 1 for item in items])
-        found["bias"] = ids, commoner(odds), math.nan
+        found["bias"] = ids, gives(odds, usual), math.nan
     if 0 < positive.sum() < len(positive):
         found["discrimination"] = ids, placements(odds, positive), 0.5
     return found
@@ -185,7 +191,7 @@ def _cells(results: Results) -> Iterator[tuple[dict[str, Any], list[Item]]]:
         was, about["failed"] = scales(name, before), any(broken(item) for item in after)
         metric = "refused" if name == "refusal" else benchmarks.metadata(name)["metric"]
         parsed = {item["id"]: item.get("parsed", True) for item in after}
-        for scale, (ids, numbers, chance) in scales(name, after).items():
+        for scale, (ids, numbers, chance) in scales(name, after, before).items():
             rows = zip(ids, numbers, was[scale][1], strict=True)
             items = [Item(id=place, value=value, base=base, parsed=parsed[place]) for place, value, base in rows]
             yield about | {"metric": metric if scale == "value" else scale, "chance": chance}, items
