@@ -155,11 +155,24 @@ def columns(items: pd.DataFrame, task: Task, benchmark: str, common: int) -> dic
             "log_odds": np.where(harmful, items["log_odds"], np.nan),
             "discrimination": items["log_odds"].to_numpy(float),
         }
-    found = {"value": items["value"].to_numpy(float), "graded": items["graded"].to_numpy(float)}
+    # an answer whose likelihoods are not finite is none: it scores chance, and says neither of two answers
+    none = broken(items)
+    found = {
+        "value": np.where(none, task.chance, items["value"].to_numpy(float)),
+        "graded": np.where(none, task.graded_chance, items["graded"].to_numpy(float)),
+    }
     if task.two_way:
-        found["bias"] = (choice(items) == common).astype(float)
-        found["discrimination"] = log_odds(items)
+        odds = np.where(none, 0.0, log_odds(items))
+        found["bias"] = ((odds > 0) == common).astype(float)
+        found["discrimination"] = odds
     return found
+
+
+def broken(items: pd.DataFrame) -> np.ndarray:
+    """Which items have a likelihood that is not finite."""
+    if "lp" not in items:
+        return np.zeros(len(items), bool)
+    return np.array([isinstance(lp, list) and not np.isfinite(lp).all() for lp in items["lp"]])
 
 
 def classes(items: pd.DataFrame, benchmark: str) -> np.ndarray:
@@ -210,7 +223,7 @@ def compare(base: pd.DataFrame, edited: list[pd.DataFrame], benchmark: str) -> d
     task = tasks()[benchmark]
     ids = base["id"].tolist()
     edited = [e.set_index("id").loc[ids].reset_index() for e in edited]
-    common = int(choice(base).mean() > 0.5) if task.two_way else 0
+    common = int(choice(base).mean() >= 0.5) if task.two_way else 0
     before = columns(base, task, benchmark, common)
     after = [columns(e, task, benchmark, common) for e in edited]
     found = {}

