@@ -14,9 +14,8 @@ from kedit.editors.second_moments import SecondMoments
 from kedit.evaluation.benchmarks import HERE, suites
 from kedit.pico import train, world
 
-COMMITTED = {name: train.WEIGHTS / name / "manifest.json" for name in train.RECIPES}
-if not all(path.exists() for path in COMMITTED.values()):
-    pytest.skip("the pico models of seed 0 have not been trained here yet (make pico)", allow_module_level=True)
+COMMITTED = {name: train.WEIGHTS / name / "manifest.json" for name in train.RECIPES if name != "pico-4m"}
+"""Those of seed 0; the largest is still to be trained."""
 MANIFEST = {name: json.loads(path.read_text()) for name, path in COMMITTED.items()}
 
 
@@ -48,7 +47,7 @@ def test_the_family_shares_data_order_and_tokens():
     assert sum(path.stat().st_size for path in train.WEIGHTS.rglob("*")) < 16e6
 
 
-@pytest.mark.parametrize("name", train.RECIPES)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_every_committed_model_is_the_manifests_and_loads(name):
     assert train.recipe(name).items() <= MANIFEST[name].items()
     for file, digest in MANIFEST[name]["sha256"].items():
