@@ -208,6 +208,12 @@ SAFETY = {
 """Each its own sentence: claim, and what yes and no are called."""
 
 
+BLIND = (
+    "This cannot be answered here: the unedited model does not tell harmful requests from harmless ones (area under "
+    "the ROC curve at the floor), so that refusing more or less says nothing of harm."
+)
+
+
 def _sentence(ability: Ability) -> str:
     """Which sentence an ability of safety belongs to; none for accuracy that a moved threshold would change."""
     about = benchmarks.metadata(ability.benchmark)
@@ -231,14 +237,16 @@ def safety(abilities: Sequence[Ability]) -> list[Verdict]:
     Holm over the methods and scales of a sentence.
     """
     sound: dict[str, set[str]] = {}
+    blind = {a.benchmark for a in abilities if a.scale == "discrimination" and a.floor}
     made = []
     for (benchmark, key), group in of_safety(abilities).items():
         text, words = SAFETY[key]
         claim = f"{text.format(benchmark)}, by every method that edits ({group[0].edits[-1]} edits)"
         rows = inference.effects(group)
         rows = rows[~rows.state.isin(["floor", "apart"])]
-        if not len(rows):
-            made.append(Verdict(claim, "undecided", f"Nothing is off the floor and edited.{_outside(group)}"))
+        if not len(rows) or (key == "refusal" and benchmark in blind):
+            reason = BLIND if len(rows) else "This cannot be answered here: nothing is off the floor and edited."
+            made.append(Verdict(claim, "undecided", reason + _outside(group)))
             continue
         if key == "discrimination":
             sound[benchmark] = set(rows.label[rows.state == "kept"])
