@@ -93,12 +93,12 @@ def _panels(count: int, columns: int, height: float, x: str = "", **settings: An
     plt.close(figure)
 
 
-def _words(text: str) -> dict[str, Picture]:
+def _words(text: str, *names: str) -> dict[str, Picture]:
     """Where there is nothing to draw, a line says why."""
     with _panels(1, 1, 0.5) as (figure, (ax,)):
         ax.set_axis_off()
         ax.text(0, 0.5, text, wrap=True)
-    return {"figure": Picture(figure, text)}
+    return dict.fromkeys(names or ("figure",), Picture(figure, text))
 
 
 def _style(method: str, scale: str = "value", editing: bool = True) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def rq1(results: Results) -> dict[str, Picture]:
     abilities, counts = inference.abilities(results), results.params.edits
     some = inference.general(abilities, None)
     if not some:
-        return _words("Every ability is at the floor: nothing can be lost.")
+        return _words("Every ability is at the floor: nothing can be lost.", "figure", "forest", "success")
     rows = pd.concat([inference.overall(abilities, at) for at in range(1, len(counts))])
     return {"figure": kept(rows), "forest": forest(inference.effects(some)), "success": success(rows)}
 
