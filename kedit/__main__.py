@@ -94,6 +94,9 @@ def _reproduce(args: argparse.Namespace) -> None:
         raise KeditError(f"{notebook} was not executed to its end ({reason}); run the same command again.") from error
     for part in (executed, *executed.cells):  # paths and times of this machine, which are no result
         part.metadata.pop("papermill", None)
+        part.metadata.pop("execution", None)
+    for cell in executed.cells:  # papermill's own has a random one
+        cell.id = "given" if "injected-parameters" in cell.metadata.get("tags", ()) else cell.id
     write_atomic(folder / notebook, nbformat.writes(executed).encode())
     _made(*sorted(folder.iterdir()))
 

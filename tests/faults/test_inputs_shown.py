@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from record import record
@@ -39,7 +40,9 @@ runpy.run_module("kedit", run_name="__main__")
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_is_one_line(number):
-    process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a job in the background would not
+    process = subprocess.Popen([sys.executable, "-c", WAITS], preexec_fn=listens, **pipes)
     assert process.stdout.readline() == "begun\n"
     process.send_signal(number)
     _, said = process.communicate(timeout=120)

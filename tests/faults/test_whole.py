@@ -13,7 +13,10 @@ import tiny
 from record import FULL, record
 from test_security import leaks
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not FULL, reason="the whole way to the figure takes minutes a case: make faults"),
+]
 
 
 def listening(started: tiny.Started) -> set[str]:
