@@ -168,8 +168,8 @@ def test_wrong_names_on_the_command_line_are_one_sentence(capsys):
     ("options", "cells"),
     [
         ([], "136 cells"),
-        (["-p", "name", "smollm2-135m-long"], "297 cells"),
-        (["-f", "params/rq1/smollm2-135m-long.yaml"], "297 cells"),
+        (["-p", "name", "smollm2-135m"], "136 cells"),
+        (["-f", "params/rq1/smollm2-135m.yaml"], "136 cells"),
     ],
 )
 def test_papermill_runs_a_notebook_as_it_stands(options, cells, tmp_path):
