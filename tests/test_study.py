@@ -156,7 +156,10 @@ def test_the_table_has_every_row_of_the_grid(grid, tmp_path, monkeypatch):
         for method in ("control", "rome", "memit")
         for order in (0, 3)
         for edits in (0, 1, 3)
-        for what in [("mini_mmlu", "acc"), ("mini_gsm8k", "exact_match"), *(("edit", metric) for metric in edit)]
+        for what in [
+            *[("mini_mmlu", "acc"), ("mini_gsm8k", "exact_match"), ("mini_mmlu", "graded"), ("mini_gsm8k", "graded")],
+            *(("edit", metric) for metric in edit),
+        ]
     }
     assert set(map(tuple, rows[place].to_numpy())) == expected
     assert not rows.duplicated(place).any()
