@@ -21,10 +21,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
 
 from kedit.analysis import damage, inference, verdicts
 from kedit.analysis.inference import MARGIN, SCALES, Estimate
 from kedit.analysis.published import share_kept
+from kedit.analysis.scores import LEVEL
 from kedit.analysis.verdicts import NAMES
 from kedit.editors import kind_of
 from kedit.store import write_atomic
@@ -351,7 +353,8 @@ def rq3(results: Results) -> dict[str, Picture]:
             for spot, point in zip(spots, points, strict=True):
                 _mark(above, spot, point, style)
             line = np.mean([point.value for point in points]) + row.slope.value * (x - x.mean())
-            above.plot(10**x, line, color=style["color"], linewidth=0.9, linestyle="-" if row.scale == "value" else ":")
+            if row.p_holm < LEVEL:  # a line that a few models do not bear out would be read as a trend
+                above.plot(10**x, line, color=style["color"], lw=0.9, linestyle="-" if row.scale == "value" else ":")
             if row.scale == "value":
                 below.plot(spots, list(row.reliability.values()), **style | {"linestyle": "none"})
             above.set_title(row.label)
@@ -359,6 +362,8 @@ def rq3(results: Results) -> dict[str, Picture]:
             _shares(above, [point for each in rows.kept for point in each.values()])
             below.axhline(verdicts.RELIABLE, color="black", linewidth=0.7, linestyle=(0, (4, 3)))
             below.set_ylim(-0.03, 1.05)
+            below.set_xticks(ticks := sorted({*size.values()}), map(EngFormatter(places=1, sep=""), ticks))
+            below.minorticks_off()
         axes[0].set_ylabel("share kept")
         axes[len(labels)].set_ylabel("reliability")
         _legend(figure, BOTH, "")
