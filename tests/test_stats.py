@@ -7,7 +7,7 @@ from scipy.stats import norm, spearmanr
 
 from kedit import KeditError
 from kedit.analysis.damage import ability_kept, damage, predictors
-from kedit.analysis.scores import editing, retention, scales, summarise, tenths
+from kedit.analysis.scores import editing, scales, summarise, tenths
 from kedit.study.params import Params
 from kedit.study.results import Cell, EditRecord, Results
 
@@ -80,8 +80,8 @@ def test_nothing_asked_is_not_zero():
     assert math.isnan(summarise([])["value"])
 
 
-def test_retention_counts_the_edits_made_since():
-    """Edit k at checkpoint n is n - k edits old; here every edit is forgotten after three more."""
+def test_the_oldest_and_the_newest_tenth_are_told_apart():
+    """Of five edits the first two are forgotten."""
     model = "smollm2-135m-instruct"
     values = {"models": [model], "methods": ["rome"], "edits": [1, 5], "benchmarks": ["mini_mmlu"]}
     params = Params.make("rq1", "t", values)
@@ -97,9 +97,6 @@ def test_retention_counts_the_edits_made_since():
 
     edits = [EditRecord(model, "rome", "default", 0, k, str(k), 0, {}) for k in range(1, 6)]
     every = [*cells(None, 0, 5), *cells("rome", 1, 0), *cells("rome", 5, 2)]
-    found = retention(Results(params, every, edits, {})).set_index("after")
-    assert found.value.to_dict() == {"0": 1.0, "1-2": 1.0, "3-9": 0.0}
-    assert found.n.to_dict() == {"0": 2, "1-2": 2, "3-9": 2}
     (row,) = tenths(Results(params, every, edits, {})).itertuples()
     assert (row.first, row.last, row.all) == (0, 1, 3 / 5)
 

@@ -9,7 +9,7 @@ a broken model leaves without a finite likelihood scores chance, and counts as l
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,6 @@ FLOOR = 3
 """A score is at the floor unless it is so many standard errors above chance."""
 COLLAPSED = 0.5
 """A score has collapsed when the upper bound of what it keeps above chance is under this share of what it had."""
-AGES = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
-"""Edges of the bins of an edit's age."""
 
 
 def off_chance(values: Sequence[float] | np.ndarray, chance: float) -> float:
@@ -253,23 +251,6 @@ def _aged(results: Results) -> Iterator[tuple[tuple, int, Item]]:
             *line, order = (at[name] for name in TRAJECTORY)
             for item in success.outcomes(after, before)["reliability"]:
                 yield tuple(line), at["edits"], at["edits"] - number[*line, order, item["id"]], item
-
-
-def retention(results: Results) -> pd.DataFrame:
-    """Is an edit still there after n more? Reliability by age, the number of edits made since.
-
-    Every checkpoint asks about all edits so far, so edit k is seen at age n - k at checkpoint n; an
-    edit seen at several ages of one bin is one cluster. Columns: model, method, variant, after (the bin), value,
-    ci_low, ci_high, n.
-    """
-    names = {edge: str(edge) if end == edge + 1 else f"{edge}-{end - 1}" for edge, end in pairwise(AGES)}
-    bins: dict[tuple, list[Item]] = {}
-    for line, _, age, item in _aged(results):
-        bins.setdefault((*line, max(edge for edge in AGES if edge <= age)), []).append(item)
-    rows = [(*key[:-1], names[key[-1]], summarise(bins[key])) for key in sorted(bins, key=lambda key: key[-1])]
-    columns = ["value", "ci_low", "ci_high", "n"]
-    frame = pd.DataFrame([[*place, *(row[name] for name in columns)] for *place, row in rows])
-    return frame.set_axis([*LINE, "after", *columns], axis=1)
 
 
 def tenths(results: Results) -> pd.DataFrame:
