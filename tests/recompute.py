@@ -189,6 +189,7 @@ class Scores:
     chance: float
     of: str
     second: np.ndarray | None = None  # of areas under the curve: the classes
+    blunt: bool = False  # wrong answers score nearly what right ones do
 
     def means(self) -> tuple[float, np.ndarray]:
         if self.of == "discrimination":
@@ -232,11 +233,20 @@ def compare(base: pd.DataFrame, edited: list[pd.DataFrame], benchmark: str) -> d
         chance = {"graded": task.graded_chance, "discrimination": 0.5, "bias": np.nan, "log_odds": np.nan}
         rest = np.array([a[scale][asked] for a in after])
         second = classes(base, benchmark)[asked] if scale == "discrimination" else None
-        found[scale] = Scores(column[asked], rest, chance.get(scale, task.chance), scale, second)
+        dull = scale == "graded" and is_blunt(base)
+        found[scale] = Scores(column[asked], rest, chance.get(scale, task.chance), scale, second, dull)
     return found
 
 
 # Intervals
+
+
+def is_blunt(base: pd.DataFrame) -> bool:
+    """Of answers that were generated: would turning all right ones into wrong ones cost less than a tenth?"""
+    if "text" not in base or not base["text"].notna().all():
+        return False
+    means = base.groupby(base["value"] > 0.5)["graded"].mean()
+    return len(means) == 2 and bool((means[True] - means[False]) / base["graded"].mean() < MARGIN)
 
 
 def exact(n: int) -> float:
@@ -312,9 +322,9 @@ def order_variance(matrices: list[np.ndarray]) -> tuple[float, float]:
 
 
 def is_floor(scores: Scores) -> bool:
-    """Not three standard errors above chance, unedited."""
+    """Not three standard errors above chance, unedited; or blunt."""
     base, _ = scores.influence()
-    return bool(scores.means()[0] - 3 * over_items(base).se <= scores.chance)
+    return scores.blunt or bool(scores.means()[0] - 3 * over_items(base).se <= scores.chance)
 
 
 def kept(scores: Scores) -> np.ndarray:

@@ -7,7 +7,7 @@ from scipy.stats import norm, spearmanr
 
 from kedit import KeditError
 from kedit.analysis.damage import ability_kept, damage, predictors
-from kedit.analysis.scores import editing, scales, summarise, tenths
+from kedit.analysis.scores import blunt, editing, scales, summarise, tenths
 from kedit.study.params import Params
 from kedit.study.results import Cell, EditRecord, Results
 
@@ -69,6 +69,16 @@ def test_more_orders_do_not_lift_a_benchmark_off_the_floor():
     """What the unedited model answers is the same in every order: one answer an item, however often it stands there."""
     once = items([1.0] * 12 + [0.0] * 28, [1.0] * 12 + [0.0] * 28)
     assert summarise(once, 0.5)["status"] == summarise(once * 2, 0.5)["status"] == "floor"
+
+
+@pytest.mark.parametrize(("right", "wrong", "told"), [(0.88, 0.82, True), (0.88, 0.40, False), (0.88, None, False)])
+def test_a_graded_scale_that_could_not_show_a_loss_is_blunt(right, wrong, told):
+    """Of a worked answer most tokens are form: if all answers became wrong, "kept" would still be said."""
+    answers = [{"id": str(i), "text": "", "value": 1.0, "graded": right} for i in range(60)]
+    if wrong is not None:
+        answers += [{"id": str(i), "text": "", "value": 0.0, "graded": wrong} for i in range(60, 120)]
+    assert blunt(answers, "graded") == told
+    assert not blunt(answers, "value")
 
 
 def test_of_unchanged_items_the_exact_bound_is_shown():

@@ -24,7 +24,21 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kedit.analysis.scores import LEVEL, LINE, answers, asked, at_floor, editing, scales, shown, table, unseen
+from kedit.analysis.scores import (
+    LEVEL,
+    LINE,
+    MARGIN,
+    NOISE,
+    answers,
+    asked,
+    at_floor,
+    blunt,
+    editing,
+    scales,
+    shown,
+    table,
+    unseen,
+)
 from kedit.editors import kind_of
 from kedit.evaluation import benchmarks
 from kedit.study.params import Params
@@ -32,12 +46,8 @@ from kedit.study.results import Results
 
 SCALES = ("value", "graded")
 """Right or wrong, and graded: the two that stand side by side."""
-MARGIN = 0.10
-"""Abilities of which so much of what was above chance is lost or gained, or less, count as kept."""
 LOGIT_MARGIN = math.log((0.5 + MARGIN) / (0.5 - MARGIN))
 """The same on a scale of log-odds: what moves even odds by as much."""
-NOISE = 1e-3
-"""Changes of an item's number up to this are none: rounding of log-likelihoods makes such."""
 MANY = 1000.0
 """Degrees of freedom where nothing varies."""
 FEW = 5
@@ -62,7 +72,8 @@ class Ability:
         aspect: of ability, that the benchmark shows; None for those of safety.
         base: (items,) the unedited model's.
         share: whether there is a share to be kept: a chance that scores can be above.
-        floor: whether there is nothing above chance to be lost.
+        blunt: whether the scale could not show a loss (``scores.blunt``).
+        floor: whether there is nothing above chance to be lost, or no loss could be seen.
         unit: what the unedited model has above chance; 1 where changes are compared.
     """
 
@@ -76,13 +87,14 @@ class Ability:
     chance: float
     reliability: list[float]
     editing: list[bool]
+    blunt: bool = False
 
     def __post_init__(self) -> None:
         self.line, label = (self.model, self.method, self.variant), kind_of(self.method).label
         self.label = label if self.variant == "default" else f"{label} ({self.variant})"
         self.aspect = benchmarks.metadata(self.benchmark).get("aspect")
         self.base, self.share = self.values[0, 0], not math.isnan(self.chance)
-        self.floor = self.share and at_floor(self.base, self.chance)
+        self.floor = self.share and (self.blunt or at_floor(self.base, self.chance))
         self.unit = (float(self.base.mean()) - self.chance or math.nan) if self.share else 1.0
 
     def kept(self, at: int = -1) -> tuple[float, np.ndarray]:
@@ -112,14 +124,16 @@ def abilities(results: Results) -> list[Ability]:
     for at, name, items, before in answers(results, asked(results)):
         if kind_of(at["method"]).edits:
             for scale, (_, numbers, chance) in scales(name, items, before).items():
-                found.setdefault((*(at[key] for key in LINE), name, scale), []).append((numbers, chance))
+                key = (*(at[key] for key in LINE), name, scale)
+                found.setdefault(key, []).append((numbers, chance, blunt(before, scale)))
     made = []
     for (*line, name, scale), cells in found.items():
-        values = np.array([numbers for numbers, _ in cells]).reshape(len(params.orders), len(params.edits), -1)
+        values = np.array([numbers for numbers, *_ in cells]).reshape(len(params.orders), len(params.edits), -1)
         success = edits[tuple(line)].reindex(params.edits)
         works = [True, *success.editing[1:].astype(bool)]
         values = np.ascontiguousarray(values.swapaxes(0, 1))
-        made.append(Ability(*line, name, scale, params.edits, values, cells[0][1], list(success.reliability), works))
+        (_, chance, dull), reliability = cells[0], list(success.reliability)
+        made.append(Ability(*line, name, scale, params.edits, values, chance, reliability, works, dull))
     return made
 
 

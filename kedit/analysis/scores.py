@@ -34,6 +34,10 @@ TRAJECTORY = [*LINE, "order"]
 LEVEL = 0.05
 FLOOR = 3
 """A score is at the floor unless it is so many standard errors above chance."""
+MARGIN = 0.10
+"""Abilities of which so much of what was above chance is lost or gained, or less, count as kept."""
+NOISE = 1e-3
+"""Changes of an item's number up to this are none: rounding of log-likelihoods makes such."""
 COLLAPSED = 0.5
 """A score has collapsed when the upper bound of what it keeps above chance is under this share of what it had."""
 
@@ -46,6 +50,23 @@ def off_chance(values: Sequence[float] | np.ndarray, chance: float) -> float:
 def at_floor(values: Sequence[float] | np.ndarray, chance: float) -> bool:
     """Whether what the unedited model answers is not clearly above chance, so that nothing can be lost."""
     return off_chance(values, chance) < FLOOR
+
+
+def blunt(items: Sequence[Item], scale: str) -> bool:
+    """Whether a scale could not show a loss: answers that are wrong score nearly what right ones do.
+
+    So where a worked answer is scored and most of its tokens are its form. If turning every right answer into a wrong
+    one would cost less than the margin, all of it could be lost and the ability count as kept.
+
+    Args:
+        items: of the unedited model.
+    """
+    if scale != "graded" or "text" not in items[0]:
+        return False
+    score, right = (np.array([float(item[key]) for item in items]) for key in ("graded", "value"))
+    if right.min() > 0 or right.max() < 1:
+        return False
+    return bool(score[right == 1].mean() - score[right == 0].mean() < MARGIN * score.mean())
 
 
 def unseen(n: int, level: float = LEVEL) -> float:
@@ -164,7 +185,7 @@ def summarise(items: Sequence[Item], chance: float = math.nan) -> dict[str, Any]
         spread = np.bincount(cluster, numbers - mean)  # of a ratio, to first order
         error = math.sqrt((spread**2).sum() * len(counts) / max(len(counts) - 1, 1)) / len(items)
         half[key] = stats.t.ppf(1 - LEVEL / 2, len(counts) - 1) * error if len(counts) > 1 else math.nan
-    if (value == base).all():
+    if (np.abs(value - base) <= NOISE).all():
         half["delta"] = unseen(len(counts))
     row["ci_low"], row["ci_high"] = row["value"] - half["value"], row["value"] + half["value"]
     if set(value) <= {0.0, 1.0}:
@@ -181,7 +202,7 @@ def summarise(items: Sequence[Item], chance: float = math.nan) -> dict[str, Any]
 def _cells(results: Results) -> Iterator[tuple[dict[str, Any], list[Item]]]:
     """Every cell by metric: what it is, with ``chance`` and whether it ``failed``, and its items beside their base."""
     for checkpoint, name, after, before in answers(results, ["edit", *asked(results)]):
-        about: dict[str, Any] = {**checkpoint, "benchmark": name, "chance": math.nan, "failed": False}
+        about: dict[str, Any] = {**checkpoint, "benchmark": name, "chance": math.nan, "failed": False, "blunt": False}
         if name == "edit":
             for metric, items in success.outcomes(after, before).items():
                 yield about | {"metric": metric}, items
@@ -192,11 +213,14 @@ def _cells(results: Results) -> Iterator[tuple[dict[str, Any], list[Item]]]:
         for scale, (ids, numbers, chance) in scales(name, after, before).items():
             rows = zip(ids, numbers, was[scale][1], strict=True)
             items = [Item(id=place, value=value, base=base, parsed=parsed[place]) for place, value, base in rows]
+            about["blunt"] = blunt(before, scale)
             yield about | {"metric": metric if scale == "value" else scale, "chance": chance}, items
 
 
 def _row(about: dict[str, Any], items: Sequence[Item]) -> dict[str, Any]:
     row = about | summarise(items, about["chance"])
+    if about["blunt"]:
+        row["status"] = "floor"
     return row | {"status": "failed"} if about["failed"] else row
 
 
@@ -217,7 +241,9 @@ def curves(results: Results) -> pd.DataFrame:
         first, some = pooled.setdefault(key, (about, []))
         first["failed"] |= about["failed"]
         some.extend(items)
-    return pd.DataFrame([_row(about, items) for about, items in pooled.values()]).drop(columns=["order", "failed"])
+    return pd.DataFrame([_row(about, items) for about, items in pooled.values()]).drop(
+        columns=["order", "failed", "blunt"]
+    )
 
 
 # Did the edits happen? -----------------------------------------------------------------------------
