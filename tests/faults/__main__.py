@@ -1,13 +1,19 @@
-"""``make faults``: inject every fault in full number, and write the table of what came of them to README.md."""
+"""``make faults``: inject every fault in full number, and write the table of what came of them to README.md.
 
+``python tests/faults test_disk.py ...`` injects those of some files again. The table is of the last run of each file,
+and is written once every file has run.
+"""
+
+import json
 import os
+import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
 HEAD = """# Faults
 
 Injected by `make faults` into tiny runs of every phase (`tiny.py`) and into everything that kedit reads. A case is
@@ -20,19 +26,32 @@ That a notebook runs what its parameter file says is `tests/test_notebooks.py`.
 """
 
 
-def main() -> int:
-    """Exit code: 0 if nothing was lost or wrong."""
+def main(names: list[str]) -> int:
+    """Exit code: 0 if nothing was lost or wrong.
+
+    Args:
+        names: of the test files to run; all if there are none.
+    """
     sys.path.insert(0, str(FOLDER))
     from record import table
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "record.jsonl"
-        path.touch()
-        os.environ.update(KEDIT_FAULTS="full", KEDIT_FAULTS_RECORD=str(path))
-        code = pytest.main([str(FOLDER), "-p", "no:cacheprovider"])
-        (FOLDER / "README.md").write_text(HEAD + table(path))
+    every = {path.name for path in FOLDER.glob("test_*.py")}
+    path = ROOT / "runs" / "faults.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    earlier = [note for note in earlier if note["part"] in every - set(names or every)]
+    path.write_text("".join(json.dumps(note) + "\n" for note in earlier))
+    head = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    os.environ.update(KEDIT_FAULTS="full", KEDIT_FAULTS_RECORD=str(path), KEDIT_FAULTS_COMMIT=commit)
+    code = pytest.main([*(str(FOLDER / name) for name in names or sorted(every)), "-p", "no:cacheprovider"])
+    notes = [json.loads(line) for line in path.read_text().splitlines()]
+    if missing := every - {note["part"] for note in notes}:
+        print("no table before these have run as well:", *sorted(missing))
+    else:
+        (FOLDER / "README.md").write_text(HEAD + table(notes))
     return int(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from hypothesis import currently_in_test_context
+
 FULL = os.environ.get("KEDIT_FAULTS") == "full"
 """Whether as many faults are injected as `make faults` counts, or the few of `make test`."""
 
@@ -17,19 +19,25 @@ def record(fault_class: str, handled: int = 1, wrong: int = 0) -> None:
         wrong: how many lost something, gave another result in silence, or ended in a traceback.
     """
     if path := os.environ.get("KEDIT_FAULTS_RECORD"):
-        line = json.dumps({"class": fault_class, "handled": int(handled), "wrong": int(wrong)}) + "\n"
+        part = os.environ["PYTEST_CURRENT_TEST"].partition("::")[0].rpartition("/")[2]
+        note = {"class": fault_class, "handled": int(handled), "wrong": int(wrong), "part": part}
+        note |= {"drawn": currently_in_test_context(), "commit": os.environ.get("KEDIT_FAULTS_COMMIT")}
         with Path(path).open("a") as file:  # one short write: whole lines, whichever process appends
-            file.write(line)
+            file.write(json.dumps(note) + "\n")
 
 
-def table(path: Path) -> str:
-    """The Markdown table of what was recorded: one row a class, in the order of first mention."""
+def table(notes: list[dict]) -> str:
+    """The Markdown table of what was recorded: one row a class, in the order of first mention; where it comes from."""
     sums: dict[str, list[int]] = {}
-    for line in map(json.loads, path.read_text().splitlines()):
-        row = sums.setdefault(line["class"], [0, 0])
-        row[0] += line["handled"]
-        row[1] += line["wrong"]
+    for note in notes:
+        row = sums.setdefault(note["class"], [0, 0])
+        row[0] += note["handled"]
+        row[1] += note["wrong"]
     rows = [(name, handled + wrong, handled, wrong) for name, (handled, wrong) in sums.items()]
     rows.append(("**all**", *(sum(row[column] for row in rows) for column in (1, 2, 3))))
     head = "| fault class | injected | handled | lost or wrong |\n| --- | --- | --- | --- |\n"
-    return head + "".join(f"| {name} | {injected} | {handled} | {wrong} |\n" for name, injected, handled, wrong in rows)
+    rest = "".join(f"| {name} | {injected} | {handled} | {wrong} |\n" for name, injected, handled, wrong in rows)
+    drawn = sum(note["handled"] + note["wrong"] for note in notes if note["drawn"])
+    commits = {note["part"]: note["commit"] for note in notes}
+    where = ", ".join(f"`{part}` at {commit}" for part, commit in sorted(commits.items()))
+    return f"{head}{rest}\n{drawn:,} of them were drawn by hypothesis. Last run: {where}.\n"
