@@ -19,7 +19,11 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="IProgress not found")
     import tqdm.auto  # noqa: F401 - asked once, before any library asks again
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = (PACKAGE / "params").is_dir()
+"""Whether this came in a wheel, which has params/, notebooks/ and figures/ inside; in a checkout they stand beside."""
+ROOT = PACKAGE if INSTALLED else PACKAGE.parent
+"""Where params/, notebooks/ and figures/ are."""
 
 
 class KeditError(Exception):

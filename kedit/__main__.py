@@ -29,7 +29,7 @@ def parameter_files() -> list[Path]:
 
 def _made(*paths: Path) -> None:
     for path in paths:
-        print("made", os.path.relpath(path, kedit.ROOT))
+        print("made", os.path.relpath(path))
 
 
 def _params(args: argparse.Namespace) -> "Params":
@@ -217,6 +217,8 @@ COMMANDS: dict[Any, dict[str, dict[str, Any]]] = {
     _pico: {},
 }
 """Each command's function, named as it is and helped by its docstring, with its arguments."""
+OF_THE_REPOSITORY = (_figures, _publish, _tables, _train)
+"""Those that write to it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -231,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     log_to_stderr()
     try:
+        if kedit.INSTALLED and args.function in OF_THE_REPOSITORY:
+            raise KeditError("this command writes to kedit's repository; run it in a checkout.")
         with disk():  # what writes figures and notebooks
             args.function(args)
     except KeditError as error:

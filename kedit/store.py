@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from kedit import ROOT, KeditError
+from kedit import INSTALLED, ROOT, KeditError
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,11 @@ for _name in ("KEDIT_RUNS", "KEDIT_CACHE", "KEDIT_MIRROR"):  # which notebooks r
 
 
 def runs_folder() -> Path:
-    """Where runs keep what they have finished: ``KEDIT_RUNS``, or ``runs/`` of the checkout."""
-    return Path(os.environ.get("KEDIT_RUNS") or ROOT / "runs").absolute()
+    """Where runs keep what they have finished: ``KEDIT_RUNS``, or ``runs/`` of the checkout.
+
+    Of an installed package, which has no checkout, it is ``runs/`` in the working directory.
+    """
+    return Path(os.environ.get("KEDIT_RUNS") or (Path() if INSTALLED else ROOT) / "runs").absolute()
 
 
 def cache_folder() -> Path:

