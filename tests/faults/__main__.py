@@ -32,9 +32,6 @@ def main(names: list[str]) -> int:
     Args:
         names: of the test files to run; all if there are none.
     """
-    sys.path.insert(0, str(FOLDER))
-    from record import table
-
     every = {path.name for path in FOLDER.glob("test_*.py")}
     path = ROOT / "runs" / "faults.jsonl"
     path.parent.mkdir(exist_ok=True)
@@ -44,6 +41,9 @@ def main(names: list[str]) -> int:
     head = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     os.environ.update(KEDIT_FAULTS="full", KEDIT_FAULTS_RECORD=str(path), KEDIT_FAULTS_COMMIT=commit)
+    sys.path.insert(0, str(FOLDER))
+    from record import table  # which reads the environment
+
     code = pytest.main([*(str(FOLDER / name) for name in names or sorted(every)), "-p", "no:cacheprovider"])
     notes = [json.loads(line) for line in path.read_text().splitlines()]
     if missing := every - {note["part"] for note in notes}:
