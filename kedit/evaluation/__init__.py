@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from kedit.data.requests import EditRequest
     from kedit.model.lm import LM
 
-MEASURES = {"structure": 1, "refusal": 2}
+MEASURES = {"structure": 1, "refusal": 2, "readings": 1}
 """What can be asked at a checkpoint besides edit success and benchmarks -> version of its definition."""
+OF_EDITS = ("edit", "readings")
+"""What asks about the edits themselves, and so depends on which they are."""
 BENCHMARKS = 2
 """Version of what is kept of a benchmark's items, and of which of them a limit draws."""
 
@@ -89,17 +91,19 @@ class Examiner:
         """Outcomes of edit success (``edit``), of one of the ``MEASURES``, or else of a benchmark.
 
         Args:
-            requests: what edit success asks about.
+            requests: what edit success and ``readings`` ask about.
             limit: items of a benchmark, None for all.
             text, tokens: what second moments are taken over; ``structure`` reads the text that comes after.
 
         Raises:
             KeditError: no such benchmark, its data cannot be had, or the model has no chat template.
         """
-        from kedit.evaluation import damage, harness, success
+        from kedit.evaluation import damage, harness, readings, success
 
         if name == "edit":
             return success.measure(self.lm, requests, self.guesses)
+        if name == "readings":
+            return readings.measure(self.lm, requests, self.guesses)
         if name == "structure":
             return damage.measure(self.lm, text, tokens, unedited=self._unedited)
         return harness.evaluate(self.lm, name, None if name in MEASURES else limit, self.guesses)

@@ -30,12 +30,14 @@ class Item(TypedDict, total=False):
 
     # edit success
     kind: str
-    """``reliability``, ``generalisation`` or ``locality``."""
+    """``reliability``, ``generalisation`` or ``locality``; of ``readings`` the form that is asked."""
     new: float
     true: float
     """Mean log-probability a token of the new object, and of the true one."""
     says: str
     """With which of them the generated text begins: ``new``, ``true`` or ``other``."""
+    accuracy: float
+    """Share of the new object's tokens that are the likeliest, those before them given; of ``readings``."""
 
     # refusal
     harmful: bool

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, cycle, islice, takewhile
+from operator import eq
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,8 @@ GUESS_TOKENS = 16
 NGRAMS = (8, 4, 2, 1)
 """Lengths of the endings by which a guess is looked up, the most telling first."""
 
-Score = tuple[float, bool]
+Score = tuple[float, float]
+"""Sum of a continuation's log-probabilities; share of its tokens that are the likeliest, those before them given."""
 Finished = Callable[[int, list[int]], bool]
 Drafts = dict[tuple[int, ...], list[int]]
 Question = tuple[Ids, Ids | None]
@@ -68,8 +70,8 @@ def read(
             with what is generated.
 
     Returns:
-        for each pair the sum of the continuation's log-probabilities and whether greedy decoding gives
-        it; for each prompt the new token ids.
+        for each pair the sum of the continuation's log-probabilities and the share of its tokens that are the
+        likeliest (all of them: greedy decoding gives it); for each prompt the new token ids.
     """
     questions: dict[int, Question] = dict(enumerate(pairs, len(prompts)))  # read first, but numbered after the prompts
     questions |= {index: (prompt, None) for index, prompt in enumerate(prompts)}
@@ -91,9 +93,9 @@ def read(
     return ordered[len(prompts) :], ordered[: len(prompts)]
 
 
-def loglikelihoods(lm: LM, pairs: Sequence[tuple[Ids, Ids]]) -> list[Score]:
+def loglikelihoods(lm: LM, pairs: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
     """Sum of log-probabilities of each continuation after its context, and whether greedy decoding gives it."""
-    return read(lm, pairs, [])[0]
+    return [(total, likeliest == 1) for total, likeliest in read(lm, pairs, [])[0]]
 
 
 def common_prefix(sequences: Sequence[Ids]) -> list[int]:
@@ -120,7 +122,7 @@ def _read_mixture(
     if continuation is not None:
         logprobs = _mixture(lm, context, route, continuation[:-1])
         total = logprobs[range(len(continuation)), list(continuation)].sum().item()
-        return total, logprobs.argmax(-1).tolist() == list(continuation)
+        return total, _agreeing(logprobs.argmax(-1).tolist(), continuation)
     tokens: list[int] = []
     while len(tokens) < limit and not (tokens and finished(tokens)):
         tokens.append(int(_mixture(lm, context, route, tokens)[-1].argmax()))
@@ -224,8 +226,12 @@ def _scores(
     scores: dict[int, Score] = {}
     for question, indices in scored.items():
         tokens, at = list(questions[question][1]), [rows[index] for index in indices]
-        scores[question] = sum(logprobs[at, tokens].tolist()), [best[row] for row in at] == tokens
+        scores[question] = sum(logprobs[at, tokens].tolist()), _agreeing([best[row] for row in at], tokens)
     return scores
+
+
+def _agreeing(tokens: Ids, others: Ids) -> float:
+    return sum(map(eq, tokens, others)) / len(others)
 
 
 # Generation -----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from kedit import KeditError
 from kedit.editors.second_moments import key_of
-from kedit.evaluation import BENCHMARKS, MEASURES, benchmarks
+from kedit.evaluation import BENCHMARKS, MEASURES, OF_EDITS, benchmarks
 from kedit.model.journal import Edit
 from kedit.store import Store, digest
 from kedit.study import trajectory
@@ -93,8 +93,8 @@ def units(params: Params, model: str, states: Mapping[Line, list[str]]) -> list[
         where = {"model": model, "method": method.method, "variant": method.variant, "order": order}
         for count, benchmark in product(params.edits, params.asked):
             at = where | {"edits": count, "benchmark": benchmark}
-            if count == 0:  # kept once: only edit success asks about the edits, whose order is the order's
-                ordered = benchmark == "edit"
+            if count == 0:  # kept once, but what asks about the edits, whose order is the order's
+                ordered = benchmark in OF_EDITS
                 if position or (order != params.orders[0] and not ordered):
                     continue
                 at |= {"method": None, "variant": None, "order": order if ordered else None}
@@ -111,13 +111,13 @@ def _cell_key(params: Params, benchmark: str, state: str, requests: Sequence, te
     """Hash of all that a cell depends on.
 
     Args:
-        requests: the keys of what edit success asks about.
+        requests: the keys of what edit success and ``readings`` ask about.
         text: the key of what ``structure`` reads.
     """
     if benchmark == "edit":
         return digest("cell", state, "edit", requests)
-    if benchmark == "structure":
-        return digest("cell", state, benchmark, MEASURES[benchmark], text)
+    if benchmark in ("structure", "readings"):
+        return digest("cell", state, benchmark, MEASURES[benchmark], text if benchmark == "structure" else requests)
     about, limit = (MEASURES[benchmark], None) if benchmark in MEASURES else (BENCHMARKS, params.limit)
     return digest("cell", state, benchmark, about, benchmarks.fingerprint(benchmark), limit)
 
@@ -126,7 +126,7 @@ def planned(params: Params) -> Counter[str]:
     """How many edits by each method, and how many cells, a run has."""
     models, orders = len(params.models), len(params.orders)
     checkpoints = len(params.methods) * orders * (len(params.edits) - 1)
-    unedited = len(params.asked) - 1 + orders
+    unedited = sum(orders if name in OF_EDITS else 1 for name in params.asked)
     counts = Counter(cell=models * (checkpoints * len(params.asked) + unedited))
     for method in params.methods:
         counts[f"edit by {method.method}"] += max(params.edits) * orders * models
