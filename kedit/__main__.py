@@ -63,6 +63,24 @@ def _run(args: argparse.Namespace) -> "Params":
     return params
 
 
+KERNEL = (
+    "from ipykernel import kernelapp; thread = kernelapp.IOPubThread; "
+    "kernelapp.IOPubThread = lambda socket, pipe, **more: thread(socket, **more); kernelapp.launch_new_instance()"
+)
+"""Starts a notebook's kernel without the port at which ipykernel's takes what other processes print."""
+
+
+def _kernels() -> type:
+    """What starts kernels, all by this Python."""
+    from jupyter_client import AsyncKernelManager
+
+    class Kernels(AsyncKernelManager):
+        def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+            return [sys.executable, "-P", "-c", KERNEL, "-f", self.connection_file, *(extra_arguments or ())]
+
+    return Kernels
+
+
 def _reproduce(args: argparse.Namespace) -> None:
     """run, and execute the question's notebook: the whole way to a figure"""
     import nbformat
@@ -85,7 +103,10 @@ def _reproduce(args: argparse.Namespace) -> None:
             config=Config(
                 {
                     "KernelManager": {"transport": "ipc"},  # through files: no port, no loopback needed
-                    "NotebookClient": {"extra_arguments": ["--log-level=CRITICAL"]},  # a stopped one has no last words
+                    "NotebookClient": {
+                        "kernel_manager_class": _kernels(),
+                        "extra_arguments": ["--log-level=CRITICAL"],  # a stopped one has no last words
+                    },
                 }
             ),
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kedit.data.requests import EditRequest, spaced
+from kedit.editors.bounds import Count, NotNegative, Share
 from kedit.editors.protocol import Editor
 from kedit.model.anatomy import matrix
 from kedit.model.forward import Hook, LookupText, Tail, activations, hooked
@@ -35,10 +36,10 @@ class Hparams:
     "authors", or a deviation of other released code that scales nothing: "t-2a" or "2t-2a" (see ``KN``).
     """
 
-    points: int = 20
-    threshold: float = 0.2
-    erase: float = 1.0
-    write: float = 8.0
+    points: Count = 20
+    threshold: Share = 0.2
+    erase: NotNegative = 1.0
+    write: NotNegative = 8.0
     rule: str = "authors"
 
     def __post_init__(self):

@@ -38,8 +38,8 @@ def judged(fault_class: str) -> Iterator[list[str]]:
         except KeditError as error:
             refused.append(str(error))
         assert all(map(is_sentence, refused)), refused
-    except BaseException:
-        record(fault_class, 0, 1)
+    except BaseException as error:
+        record(fault_class, [f"{type(error).__name__}: {error}"])
         raise
     record(fault_class)
 

@@ -116,7 +116,7 @@ def test_a_disk_that_refuses_is_one_sentence(world, whole, tmp_path):
         code, printed = world.fork(runs, partial(broken, tiny.command, operation, error, PLACES[place], after)).wait()
         found = wrong_after(world, whole, runs, code, printed)
         if code or found:
-            record(f"{error} when {place} are written", not found, bool(found))
+            record(f"{error} when {place} are written", found)
         if found:
             wrong[operation, error, place, after] = found
         shutil.rmtree(runs)
@@ -157,7 +157,7 @@ def test_a_publication_that_the_disk_refuses_is_one_sentence(world, whole, tmp_p
         found += [f"another {name}" for name, data in tiny.results(runs).items() if data != good[name]]
         if world.fork(runs, publish).wait()[0] or tiny.results(runs) != good:
             found.append("cannot be published afterwards")
-        record(f"{error} when a figure or table is written", not found, bool(found))
+        record(f"{error} when a figure or table is written", found)
         if found:
             wrong[operation, error, name] = found
         shutil.rmtree(runs)
@@ -211,7 +211,7 @@ def test_a_full_or_read_only_file_system_is_one_sentence(world, whole, tmp_path)
             found.append(rest.splitlines()[0] if rest else "nothing said")
         if "second 0" not in rest or tiny.results(runs / "out") != tiny.results(whole):
             found.append(f"not the same afterwards: {rest[-2000:]}")
-        record("a full file system" if kilobytes else "a read-only file system", not found, bool(found))
+        record("a full file system" if kilobytes else "a read-only file system", found)
         if found:
             wrong[kilobytes] = found
     assert not wrong, pformat(wrong)
