@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify publish tables bench bench-gpu pico faults licences test test-fast lint pytest nbval lab clean
+.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify publish tables bench bench-gpu tune pico faults licences test test-fast lint pytest nbval lab clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -69,6 +69,9 @@ bench: $(READY) ## time the fast paths against the plain ones, at most ten minut
 
 bench-gpu: $(READY) ## edits and reading at Llama-2-7B's shape, random weights, bfloat16, one GPU  TORCH=torch KEDIT_MIRROR=...
 	PYTHONPATH=tests $(PY) -m bench.bench_gpu
+
+tune: $(READY) ## hyper-parameters of a method for a model, found on the validation split  METHOD=memit MODEL=smollm2-135m-instruct
+	$(PY) -m kedit tune $(METHOD) $(MODEL)
 
 pico: $(READY) ## train those of the pico models that are not there yet, on all cores (hours)
 	$(PY) -m kedit pico

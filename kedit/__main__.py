@@ -1,4 +1,4 @@
-"""``python -m kedit``: run a parameter file, draw, measure tables, scan and train.
+"""``python -m kedit``: run a parameter file, draw, measure tables, tune and train.
 
 User errors end with one sentence and exit code 2. Every command imports what it needs: ``list`` must not wait for
 torch.
@@ -173,11 +173,11 @@ def _tables(args: argparse.Namespace) -> None:
     readme.update_readme(args.names or list(readme.TABLES))
 
 
-def _scan(args: argparse.Namespace) -> None:
-    """try hyper-parameters, such as layer=[3,5,7], on the validation split"""
-    from kedit.study.single import scan
+def _tune(args: argparse.Namespace) -> None:
+    """find a method's hyper-parameters for a model, on the validation split: the block for params/methods"""
+    from kedit.study.tune import tune
 
-    print(scan(args.method, args.settings, args.records, args.model))
+    print(tune(args.method, args.model, args.settings, args.trials, args.records, args.set, args.seed))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -222,7 +222,6 @@ WORKERS = {
     "--workers": {"type": int, "help": "processes at once; by default one a core"},
     "--dask": {"metavar": "ADDRESS", "help": "have the workers of this Dask scheduler do it"},
 }
-MODEL = {"--model": {"default": "smollm2-135m-instruct"}}
 COMMANDS: dict[Any, dict[str, dict[str, Any]]] = {
     _run: RUN | WORKERS,
     _reproduce: RUN | WORKERS,
@@ -233,8 +232,16 @@ COMMANDS: dict[Any, dict[str, dict[str, Any]]] = {
     _figures: {},
     _report: {},
     _tables: {"names": {"nargs": "*"}},
-    _scan: {"method": {}, "settings": {"nargs": "*"}, "--records": {"type": int, "default": 20}} | MODEL,
-    _train: {"method": {"help": "such as mend"}} | MODEL,
+    _tune: {
+        "method": {"help": "such as memit"},
+        "model": {"help": "its name, hub id or folder"},
+        "settings": {"nargs": "*", "help": "such as layer=[3,5,7]: what to try, instead of what the method declares"},
+        "--trials": {"type": int, "default": 16, "help": "settings that are tried, the default among them"},
+        "--records": {"type": int, "default": 60, "help": "for the best settings; a third of them for the rest"},
+        "--set": {"help": "the edit set; by default the bundled one, or for pico models theirs"},
+        "--seed": {"type": int, "default": 0, "help": "of the settings drawn"},
+    },
+    _train: {"method": {"help": "such as mend"}, "--model": {"default": "smollm2-135m-instruct"}},
     _pico: {},
 }
 """Each command's function, named as it is and helped by its docstring, with its arguments."""

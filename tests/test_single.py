@@ -1,13 +1,12 @@
-"""Single edits: undone, stored, counted; scans name what is wrong with a setting."""
+"""Single edits: undone, stored, counted."""
 
 import pytest
 import torch
 from conftest import HPARAMS
 
-from kedit import KeditError
 from kedit.data.facts import bundled
 from kedit.editors.ft import FTM
-from kedit.study.single import costs, scan, single_edits, successes
+from kedit.study.single import costs, single_edits, successes
 
 
 def test_single_edits_are_undone_and_made_once(llama, tmp_path, monkeypatch):
@@ -22,9 +21,3 @@ def test_single_edits_are_undone_and_made_once(llama, tmp_path, monkeypatch):
     assert costs(first)["failed"] == 0 < costs(first)["seconds"]
     monkeypatch.setattr(FTM, "_apply", lambda *_: pytest.fail("made again"))
     assert list(single_edits(llama, "ft-m", requests, HPARAMS["ft-m"])) == first
-
-
-@pytest.mark.parametrize("setting", ["layer=3", "layer", "layer="])
-def test_a_scan_wants_lists(setting):
-    with pytest.raises(KeditError, match=r"layer=\[3,5,7\]"):
-        scan("rome", [setting], 20, "smollm2-135m-instruct")

@@ -15,6 +15,7 @@ from torch import Tensor
 from kedit.data.requests import EditRequest
 from kedit.editors import locate_then_edit, memit
 from kedit.editors.bounds import Count, Layers, Positive, Share
+from kedit.editors.space import decades, in_a_row
 from kedit.model.journal import Edit, Entry
 from kedit.model.memory import Memory
 
@@ -82,6 +83,12 @@ class AlphaEdit(memit.MEMIT):
     label = "AlphaEdit"
     style = ("#0072b2", "*", "--")
     Hparams = Hparams
+    space = locate_then_edit.LocateThenEdit.space | {
+        "layers": in_a_row(1, 3, 5, below=0.7),
+        "null_space_share": (0.02, 0.05, 0.1, 0.2),
+        "nullspace_threshold": (None,),
+        "l2": decades(-3, 1),
+    }
 
     def make_memory(self) -> KeyMemory:
         """The keys of earlier edits."""

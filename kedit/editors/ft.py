@@ -13,6 +13,7 @@ from torch import Tensor
 from kedit.data.requests import EditRequest
 from kedit.editors.bounds import Count, Natural, NotNegative, Positive
 from kedit.editors.protocol import Editor
+from kedit.editors.space import a_layer, decades, trying
 from kedit.editors.value_search import descend, nll_loss
 from kedit.model.anatomy import matrix
 from kedit.model.forward import LookupText, Tail, hooked
@@ -37,6 +38,7 @@ class FTM(Editor):
     needs = ("down",)
     style = ("#e69f00", ">", "--")
     Hparams = Hparams
+    space = trying(layer=a_layer(), lr=decades(-5, -3), bound=(None, 5e-4, 5e-5))
     advance = 1
     """How far the position that is to predict moves with each token of the target."""
 

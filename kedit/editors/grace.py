@@ -16,6 +16,7 @@ from torch import Tensor
 from kedit.data.requests import EditRequest
 from kedit.editors.bounds import Count, Natural, Positive
 from kedit.editors.protocol import Editor
+from kedit.editors.space import a_layer, trying
 from kedit.editors.value_search import descend, nll_loss, run_shifted
 from kedit.model.forward import LookupText, Tail, activations, hooked
 from kedit.model.journal import Edit, Entry
@@ -94,6 +95,7 @@ class GRACE(Editor):
     needs = ("down",)
     style = ("#009e73", "^", "-")
     Hparams = Hparams
+    space = trying(layer=a_layer(), lr=(0.1, 0.3, 1.0), epsilon=(0.03, 0.06, 0.1, 0.2, 0.4))
 
     def make_memory(self) -> Codebook:
         """An empty codebook."""

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.bounds import Count, NotNegative, Share
 from kedit.editors.protocol import Editor
+from kedit.editors.space import trying
 from kedit.model.anatomy import matrix
 from kedit.model.forward import Hook, LookupText, Tail, activations, hooked
 from kedit.model.journal import Edit, EditFailed, LowRank
@@ -103,6 +104,7 @@ class KN(Editor):
     needs = ("down", "neurons")
     style = ("#000000", "X", "-")
     Hparams = Hparams
+    space = trying(threshold=(0.1, 0.2, 0.3, 0.5), erase=(0.0, 1.0, 2.0), write=(1.0, 2.0, 4.0, 8.0))
 
     def _continuation(self, ids: Sequence[int], count: int) -> list[int]:
         """What greedy decoding adds, so many tokens."""

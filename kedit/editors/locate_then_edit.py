@@ -14,6 +14,7 @@ from torch import Tensor
 from kedit.data.requests import EditRequest
 from kedit.editors.bounds import Count, Natural
 from kedit.editors.protocol import Editor
+from kedit.editors.space import trying
 from kedit.editors.value_search import Objective, Search, search
 from kedit.model.forward import LookupText, lookup_text, lookup_texts
 from kedit.model.journal import Edit
@@ -57,6 +58,7 @@ class LocateThenEdit(Editor):
     """Hyper-parameters must have ``layers``, of which the last is where the value is searched for."""
 
     needs = ("down",)
+    space = trying(lr=(0.1, 0.2, 0.5), weight_decay=(0.001, 0.5), clamp_norm_factor=(0.75, 1.0, 2.0, 4.0, 8.0))
 
     @classmethod
     def moments_at(cls, hparams: Any) -> Sequence[int]:

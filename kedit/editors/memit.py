@@ -14,6 +14,7 @@ from torch import Tensor
 from kedit.data.requests import EditRequest
 from kedit.editors import locate_then_edit
 from kedit.editors.bounds import Count, Layers, Positive
+from kedit.editors.space import decades, in_a_row
 from kedit.model.anatomy import matrix
 from kedit.model.forward import LookupText, activations
 from kedit.model.journal import Edit, EditFailed, LowRank
@@ -42,6 +43,10 @@ class MEMIT(locate_then_edit.LocateThenEdit):
     name = "memit"
     style = ("#0072b2", "s", "-")
     Hparams = Hparams
+    space = locate_then_edit.LocateThenEdit.space | {
+        "layers": in_a_row(1, 3, 5, below=0.7),
+        "mom2_weight": decades(-3, 4),
+    }
     site = "block"  # where z is optimised: the residual stream after the last edited layer
 
     def _keys(self, texts: Sequence[LookupText], layer: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kedit.data.requests import EditRequest
 from kedit.editors import locate_then_edit
 from kedit.editors.bounds import Natural
+from kedit.editors.space import a_layer
 from kedit.model.anatomy import matrix
 from kedit.model.forward import activations
 from kedit.model.journal import Edit, EditFailed, LowRank
@@ -42,6 +43,7 @@ class ROME(locate_then_edit.LocateThenEdit):
     name = "rome"
     style = ("#d55e00", "o", "-")
     Hparams = Hparams
+    space = locate_then_edit.LocateThenEdit.space | {"layer": a_layer(below=0.7)}
 
     @classmethod
     def moments_at(cls, hparams: Hparams) -> Sequence[int]:

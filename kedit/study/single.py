@@ -1,32 +1,26 @@
-"""Single edits, each undone before the next: what the README's table of methods and scans of hyper-parameters need.
+"""Single edits, each undone before the next: for the README's table of methods and the search for hyper-parameters.
 
 Every finished record is in the store, so both can be interrupted, and a table whose methods did not change costs
 nothing to make again.
 """
 
-import itertools
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import pandas as pd
-import yaml
 from tqdm import tqdm
 
-from kedit import KeditError
 from kedit.data import facts
 from kedit.data.requests import EditRequest
 from kedit.editors import editor
 from kedit.evaluation import benchmarks
 from kedit.evaluation.harness import evaluate
 from kedit.evaluation.records import Item
-from kedit.evaluation.success import METRICS, measure, outcomes
+from kedit.evaluation.success import measure, outcomes
 from kedit.model.journal import EditFailed
 from kedit.model.lm import LM, load
 from kedit.store import Store, digest
-
-log = logging.getLogger(__name__)
 
 
 def single_edits(
@@ -93,33 +87,3 @@ def unedited(model: str, suite: str) -> dict[str, list[float]]:
     """Every item's score on every benchmark of a suite, before any edit."""
     lm = load(model)
     return {name: [item["value"] for item in evaluate(lm, name)] for name in benchmarks.suites()[suite]}
-
-
-def scan(method: str, settings: Sequence[str], records: int, model: str) -> str:
-    """A table of a method on a grid of hyper-parameters, such as ``["layer=[3, 5, 7]", "lr=[0.2, 0.5]"]``.
-
-    Args:
-        records: how many of the validation split: of the bundled set, or of their own for the pico models.
-
-    Raises:
-        KeditError: a setting that is not ``name=[values]``.
-    """
-    grid: dict[str, list] = {}
-    for setting in settings:
-        key, _, values = setting.partition("=")
-        grid[key] = yaml.safe_load(values)
-        if not isinstance(grid[key], list):
-            raise KeditError(f"scan: {setting!r} is not a list of values; write such as layer=[3,5,7].")
-    lm = load(model)
-    requests = facts.load("pico" if model.startswith("pico-") else "bundled", "validation")[:records]
-    rows = []
-    for values in itertools.product(*grid.values()):
-        hparams = dict(zip(grid, values, strict=True))
-        edits = list(single_edits(lm, method, requests, hparams))
-        items, cost = successes(edits), costs(edits)
-        row = {key: str(value) for key, value in hparams.items()}
-        for metric in (*METRICS, "reliability_generated"):
-            row[metric] = round(pd.Series([item["value"] for item in items[metric]], dtype=float).mean(), 3)
-        rows.append(row | {"failed": cost["failed"], "seconds": round(cost["seconds"], 2)})
-        log.info("%s", rows[-1])
-    return pd.DataFrame(rows).to_string(index=False)
