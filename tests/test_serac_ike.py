@@ -130,7 +130,7 @@ def test_soft_scope_mixes_probabilities(llama):
     editor = untrained(llama, soft=True, threshold=0.01)
     editor.apply(FACTS[0])
     prompt, target = ids_of(llama, FACTS[0].paraphrases[0]), llama.encode(" Rome")
-    weight = editor.memory.nearest([FACTS[0].paraphrases[0]])[0][0]
+    ((weight, _),) = editor.memory.nearest([FACTS[0].paraphrases[0]])[0]
     assert 0.05 < weight < 0.99
     base, _ = plainly(llama, prompt, target[:1])
     routed = ids_of(llama, editor.memory.entries[0]["text"] + FACTS[0].paraphrases[0])

@@ -271,7 +271,7 @@ def editing(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _aged(results: Results) -> Iterator[tuple[tuple, int, Item]]:
     """(model, method and variant; edits made since; item) of every edit asked about at every checkpoint."""
-    number = {(e.model, e.method, e.variant, e.order, e.request): e.number for e in results.edits}
+    number = {(e.model, e.method, e.variant, e.order, name): e.number for e in results.edits for name in e.requests}
     for at, _, after, before in answers(results, ["edit"]):
         if at["edits"] and kind_of(at["method"]).edits:
             *line, order = (at[name] for name in TRAJECTORY)

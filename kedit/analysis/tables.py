@@ -62,7 +62,12 @@ def floor_table(abilities: Sequence[Ability]) -> pd.DataFrame:
 
 def journal_table(results: Results) -> pd.DataFrame:
     """What the journals say of the edits: amplification, size of the change, steps, bytes on disk."""
-    edits = pd.DataFrame([{"method": kind_of(e.method).label, "bytes": e.bytes, **e.info} for e in results.edits])
+    edits = [
+        {"method": kind_of(edit.method).label, "bytes": edit.bytes / len(edit.requests), **edit.info, **own}
+        for edit in results.edits
+        for own in edit.info.get("each", [{}] * len(edit.requests))
+    ]
+    edits = pd.DataFrame(edits)
     edits = edits.reindex(columns=["method", "bytes", "failed", "steps", "relative_change", "amplification"])
     edits["relative_change"] = edits.relative_change.map(lambda each: max(each) if isinstance(each, list) else each)
     columns = {

@@ -18,7 +18,6 @@ from torch import Tensor
 from kedit.data.facts import bundled
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.retrieval import Encoder, RetrievalEditor
-from kedit.editors.space import trying
 from kedit.model.journal import Edit
 from kedit.model.memory import Route
 
@@ -61,7 +60,6 @@ class IKE(RetrievalEditor):
     name = "ike"
     style = ("#117733", "h", ":")
     Hparams = Hparams
-    space = trying(k=(8, 16, 32), spread=(False, True), scope=(0.5, 0.55, 0.6, 0.65, 0.7, 0.75))
 
     @torch.inference_mode(False)
     def _prepare(self) -> None:
@@ -72,8 +70,9 @@ class IKE(RetrievalEditor):
         """Cosines."""
         return queries @ keys.T
 
-    def route(self, body: Sequence[int], text: str, similarity: float, index: int) -> Route | None:
+    def route(self, body: Sequence[int], text: str, nearest: Sequence[tuple[float, int]]) -> Route | None:
         """A prompt in scope is read by the same model, after demonstrations and edit."""
+        ((similarity, index),) = nearest
         if self.hparams.scope >= 0 and similarity <= self.hparams.scope:
             return None
         context = self.memory.entries[index]["context"]

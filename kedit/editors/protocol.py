@@ -11,7 +11,6 @@ from kedit import KeditError
 from kedit.data import facts
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.second_moments import SecondMoments
-from kedit.editors.space import Options
 from kedit.model.journal import Edit, EditFailed
 from kedit.model.lm import LM
 from kedit.model.memory import Memory
@@ -45,8 +44,6 @@ class Editor(ABC):
     style: ClassVar[tuple[str, str, str]] = ("#882255", "d", "-.")
     """Colour, marker and dash of its curve: Okabe and Ito's colours, which the colour-blind can tell apart."""
     Hparams: ClassVar[type] = NoHparams
-    space: ClassVar[Mapping[str, Options]] = {}
-    """What ``kedit tune`` tries of each hyper-parameter."""
     trained: ClassVar[bool] = False
     """Whether ``prepare`` trains something, where it was not trained before."""
     needs: ClassVar[tuple[str, ...]] = ()
@@ -118,6 +115,11 @@ class Editor(ABC):
         """What edits depend on besides the recipe: the hash of what was trained, for methods that train; no model."""
         return {}
 
+    @classmethod
+    def together(cls) -> bool:
+        """Whether several requests are written in one step."""
+        return cls._apply_batch is not Editor._apply_batch
+
     def key(self) -> dict[str, Any]:
         """The recipe of this editor's edits, and the hash of what was trained for them."""
         recipe = self.recipe(self.hparams, self.statistics.key if self.moments_of else {}, self._contexts_given)
@@ -128,7 +130,7 @@ class Editor(ABC):
 
         Args:
             requests: one, or several. Several are written at once, by one update of each matrix, where the method can
-                (MEMIT, PMET, AlphaEdit), else one after another.
+                (``together``), else one after another.
 
         Returns:
             one edit, whatever was asked: it is undone, saved and replayed as a whole. Of several requests its ``info``

@@ -1,4 +1,4 @@
-"""Memory by likeness: each edit with its prompt's embedding; a prompt goes to the most similar edit (SERAC, IKE).
+"""Memory by likeness: each edit with its prompt's embedding; a prompt goes to the most similar edits (SERAC, IKE, RAG).
 
 Texts are embedded by all-MiniLM-L6-v2, from its PyPI wheel (Reimers and Gurevych, "Sentence-BERT", 2019): the
 mean over a text's word pieces of BERT's last hidden states, normalised.
@@ -77,25 +77,30 @@ class Retrieval(Memory):
         super().__init__()
         self.editor = editor
 
-    def nearest(self, texts: Sequence[str]) -> list[tuple[float, int]]:
-        """For each text the similarity of the most similar edit, and its index, the latest of equals."""
+    def nearest(self, texts: Sequence[str], k: int = 1) -> list[list[tuple[float, int]]]:
+        """For each text the similarities of the k most similar edits, and their indices; of equals the latest first."""
         queries = self.editor.embed(texts)
         keys = torch.stack([entry["embedding"] for entry in self.entries]).to(queries)
-        best = self.editor.similarity(queries, keys).flip(1).max(1)
-        last = len(self.entries) - 1
-        return [(value, last - index) for value, index in zip(*(part.tolist() for part in best), strict=True)]
+        best = self.editor.similarity(queries, keys).flip(1).sort(dim=1, descending=True, stable=True)
+        values, places = best.values[:, :k].tolist(), (len(self.entries) - 1 - best.indices[:, :k]).tolist()
+        return [list(zip(*row, strict=True)) for row in zip(values, places, strict=True)]
 
     def routes(self, prompts: Sequence[tuple[int, ...]]) -> list[Route | None]:
         """Who reads each prompt, None where it is in no edit's scope."""
         lm = self.editor.lm
         bodies = [prompt[len(lm.begin) :] for prompt in prompts]
         texts = [lm.tokenizer.decode(body, clean_up_tokenization_spaces=False) for body in bodies]
-        triples = zip(bodies, texts, self.nearest(texts), strict=True)
-        return [self.editor.route(body, text, *nearest) for body, text, nearest in triples]
+        triples = zip(bodies, texts, self.nearest(texts, self.editor.reach), strict=True)
+        return [self.editor.route(*triple) for triple in triples]
 
 
 class RetrievalEditor(Editor):
     """Remembers edits by likeness. ``_prepare`` makes ``encoder``; subclasses say what is similar, and who reads."""
+
+    @property
+    def reach(self) -> int:
+        """How many of the most similar edits ``route`` must know of."""
+        return 1
 
     def make_memory(self) -> Retrieval:
         """No edit yet."""
@@ -110,16 +115,17 @@ class RetrievalEditor(Editor):
         """Of each query to each key: (n, 384), (m, 384) -> (n, m)."""
         raise NotImplementedError
 
-    def route(self, body: Sequence[int], text: str, similarity: float, index: int) -> Route | None:
-        """Who reads a prompt (its ids without begin token, and its text) whose most similar edit is that one."""
+    def route(self, body: Sequence[int], text: str, nearest: Sequence[tuple[float, int]]) -> Route | None:
+        """Who reads a prompt (its ids without begin token, and its text) with these most similar edits."""
         raise NotImplementedError
 
-    def remember(self, edit: Edit, request: EditRequest, context: dict[str, str]) -> None:
+    def remember(self, edit: Edit, request: EditRequest, context: dict[str, str], **beside: str) -> None:
         """Add an edit to the memory: by its prompt, and with the one text that is read before a prompt in scope."""
         edit.info |= {
             "memory": len(self.memory.entries) + 1,
             "tokens": len(self.lm.encode(*context.values())),
             # similarity to the most similar earlier edit; above the scope's threshold the two compete for prompts
-            "nearest": self.memory.nearest([request.text])[0][0] if self.memory.entries else 0.0,
+            "nearest": self.memory.nearest([request.text])[0][0][0] if self.memory.entries else 0.0,
         }
-        edit.write(Entry(self.name, {**context, "embedding": self.embed([request.text])[0].cpu()}))
+        embedding = self.embed([request.text])[0].cpu()
+        edit.write(Entry(self.name, {**context, **beside, "embedding": embedding}))

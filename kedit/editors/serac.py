@@ -24,7 +24,6 @@ from kedit.data.facts import bundled, bundled_zsre
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.bounds import Count, Natural, Positive, Share
 from kedit.editors.retrieval import WIDTH, Encoder, RetrievalEditor
-from kedit.editors.space import trying
 from kedit.editors.training import ScoredText, TrainedEditor, Training, scored
 from kedit.model.forward import pad
 from kedit.model.journal import Edit
@@ -143,7 +142,6 @@ class SERAC(RetrievalEditor, TrainedEditor):
     needs = ("norms",)
     style = ("#117733", "P", "--")
     Hparams = Hparams
-    space = trying(threshold=(0.3, 0.4, 0.5, 0.6, 0.7), soft=(False, True))
     edit_hparams = ("threshold", "soft")
 
     @classmethod
@@ -181,8 +179,9 @@ class SERAC(RetrievalEditor, TrainedEditor):
         """exp(-|query - key|^2)."""
         return (-torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist").square()).exp()
 
-    def route(self, body: Sequence[int], text: str, similarity: float, index: int) -> Route | None:
+    def route(self, body: Sequence[int], text: str, nearest: Sequence[tuple[float, int]]) -> Route | None:
         """A prompt in scope goes to the counterfactual model, with the edit before it."""
+        ((similarity, index),) = nearest
         if similarity <= self.hparams.threshold:
             return None
         ids = (*self.lm.begin, *self.lm.encode(self.memory.entries[index]["text"]), *body)

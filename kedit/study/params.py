@@ -30,6 +30,12 @@ def _each_once(values: list) -> list:
     return values
 
 
+def _turn(value: Any) -> int | str:
+    if value != "checkpoint" and (type(value) is not int or value < 1):
+        raise ValueError("no turn")
+    return value
+
+
 EACH_ONCE = AfterValidator(_each_once)
 NAMES = Field(min_length=1, description="a list of names, each once")
 NUMBERS = Field(min_length=1, description="a list of whole numbers from 0 up, each once")
@@ -68,16 +74,25 @@ class Statistics(_AsGiven):
 
 
 class Method(_Mapping):
-    """A method of the grid; ``variant`` names a run with other hyper-parameters than the method's file has."""
+    """A method of the grid; ``variant`` names a run with other hyper-parameters than the method's file has.
+
+    ``turn`` is how many edits are written in one step: a number, or those between two checkpoints.
+    """
 
     method: str = Field(description="a method's name")
     variant: str = Field("default", description="a name of your own")
     hparams: dict[str, Any] = Field({}, description="a mapping of hyper-parameters")
+    turn: Annotated[Any, AfterValidator(_turn)] = Field(1, description="a whole number from 1 up, or checkpoint")
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, given: Any) -> Any:
         return {"method": given} if isinstance(given, str) else given
+
+    @model_serializer
+    def _given(self) -> dict[str, Any]:
+        """What keys and files say of it: of the turn only where it is another than 1."""
+        return {key: value for key, value in self if (key, value) != ("turn", 1)}
 
     def __str__(self) -> str:
         return self.method if self.variant == "default" else f"{self.method} {self.variant}"
@@ -159,8 +174,15 @@ class Params(_Mapping):
             if name not in MEASURES:
                 raise unknown("measure", name, MEASURES)
         for method in self.methods:
-            if method.hparams and method.variant == "default":
-                raise KeditError(f"methods changes hparams of {method.method}; name the variant.")
+            if (method.hparams or method.turn != 1) and method.variant == "default":
+                what = "hparams" if method.hparams else "the turn"
+                raise KeditError(f"methods changes {what} of {method.method}; name the variant.")
+            if method.turn != 1 and not kind_of(method.method).together():
+                raise KeditError(f"{method.method} writes one edit a step; leave its turn out.")
+            if wrong := sorted(set(self.edits) - set(self.steps(method))):
+                raise KeditError(
+                    f"edits asks for {wrong[0]}, within a turn of {method}; use multiples of {method.turn}, its turn."
+                )
         self.hparams()
         try:
             at_hand = facts.at_hand(self.edit_set.name, self.edit_set.path)
@@ -183,6 +205,10 @@ class Params(_Mapping):
         if wanted > len(records):
             raise KeditError(f"edits asks for {wanted}, but the edit set holds {len(records)} records.")
         return facts.ordered(records, order)[:wanted]
+
+    def steps(self, method: Method) -> list[int]:
+        """Counts of edits, from 0, between which a method of the grid writes in one step."""
+        return self.edits if method.turn == "checkpoint" else list(range(0, max(self.edits) + 1, method.turn))
 
     @property
     def asked(self) -> list[str]:

@@ -149,13 +149,13 @@ def stored(params: Params, model: str, fingerprint: str, store: Store) -> tuple[
 
     Cells of the paper suite are keyed by their data, which is not read here.
     """
-    states: dict[Line, list[str]] = {}
-    for position, (_, kind, hparams) in enumerate(_editors(params, model)):
+    states: dict[Line, dict[int, str]] = {}
+    for position, (method, kind, hparams) in enumerate(_editors(params, model)):
         needed = kind.moments_at(hparams)
         moments = key_of(model, fingerprint, params.statistics.text, params.statistics.tokens) if needed else {}
-        recipe = kind.recipe(hparams, moments) | kind.artefact(model, fingerprint, hparams)
+        recipe, steps = kind.recipe(hparams, moments) | kind.artefact(model, fingerprint, hparams), params.steps(method)
         for order in params.orders:
-            states[Line(position, order)] = states_of(fingerprint, recipe, params.requests(order))
+            states[Line(position, order)] = states_of(fingerprint, recipe, params.requests(order), steps)
     at_hand = [name for name in params.benchmarks if not benchmarks.sources(name)]
     wanted = units(params.model_copy(update={"benchmarks": at_hand}), model, states)
     held = [unit.is_cell for unit in wanted if store.path(unit.key).exists()]
@@ -300,7 +300,8 @@ def _line(name: str, seconds: Sequence[float], sizes: Sequence[int]) -> str:
 def plan(params: Params) -> str:
     """The whole answer as text, a line a fact."""
     counts, shapes = planned(params), {model: shape_of(model) for model in params.models}
-    cells, most, edits = counts.pop("cell"), max(params.edits), sum(counts.values())
+    cells, most = counts.pop("cell"), max(params.edits)
+    paths = len(params.models) * len(params.methods) * len(params.orders)
     table = [row for model, shape in shapes.items() if shape for row in rows(params, model, shape)]
     unknown = [model for model, shape in shapes.items() if shape is None]
     without = [*unknown, *(" ".join(name.split()) for name, seconds, _ in table if any(map(isnan, seconds)))]
@@ -309,7 +310,7 @@ def plan(params: Params) -> str:
     about = f"about {_hours(total / GPU)} on a GPU or {_hours(total)} on one CPU core (workers divide it)"
     about = about if total else "not known"
     lines = [
-        f"params/{params.rq}/{params.name}.yaml: {edits // most} trajectories of {most} edits: {edits:,} edits; "
+        f"params/{params.rq}/{params.name}.yaml: {paths} trajectories of {most} edits: {paths * most:,} edits; "
         f"{cells:,} cells at {len(params.edits)} checkpoints ({len(params.asked)} kinds: edit success, "
         f"{len(params.benchmarks)} benchmarks, {len(params.measures)} other measures).",
         *_access(params),

@@ -6,6 +6,7 @@ import json
 import logging
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,17 +40,30 @@ class Cell:
 
 @dataclass(frozen=True)
 class EditRecord:
-    """One edit of a trajectory: the ``number``-th, of the request with this id; ``bytes``: its size without timings."""
+    """One edit of a trajectory: the ``number``-th, of the request with this id; ``bytes``: its size without timings.
+
+    A turn of several requests is one, with all their ids, and the number of its last.
+    """
 
     model: str
     method: str
     variant: str
     order: int
     number: int
-    request: str
+    request: str | list[str]
     bytes: int
     info: dict[str, Any]
     """What the editor recorded of it, such as its loss, or why it ``failed``."""
+
+    @property
+    def requests(self) -> list[str]:
+        """The ids of its requests."""
+        return [self.request] if isinstance(self.request, str) else self.request
+
+
+def failures(edits: Sequence[EditRecord]) -> Counter[str]:
+    """How many requests failed, by method."""
+    return Counter(edit.method for edit in edits if "failed" in edit.info for _ in edit.requests)
 
 
 def _sums(cells: bytes, manifest: dict[str, Any]) -> dict[str, str]:
@@ -82,9 +96,10 @@ class Results:
 
     def tell_failures(self) -> None:
         """Log how many edits failed, by method, if any did."""
-        if failed := Counter(edit.method for edit in self.edits if "failed" in edit.info):
-            parts = ", ".join(f"{method} {count}" for method, count in failed.items())
-            log.warning("%d of %d edits failed and changed nothing: %s", failed.total(), len(self.edits), parts)
+        if failed := failures(self.edits):
+            parts, every = ", ".join(f"{method} {count}" for method, count in failed.items()), self.edits
+            total = sum(len(edit.requests) for edit in every)
+            log.warning("%d of %d edits failed and changed nothing: %s", failed.total(), total, parts)
 
     @classmethod
     def load(cls, params: Params, folder: Path, source: str = "committed") -> "Results":

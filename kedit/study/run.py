@@ -30,7 +30,7 @@ from kedit.model.journal import Edit
 from kedit.store import Store, digest
 from kedit.study import trajectory
 from kedit.study.params import DTYPES, Params
-from kedit.study.results import Cell, EditRecord, Results
+from kedit.study.results import Cell, EditRecord, Results, failures
 from kedit.study.trajectory import Line
 from kedit.workers import Job, cluster, cores, execute, free_memory, pool, threads
 
@@ -83,7 +83,7 @@ class Unit:
         return EditRecord(**self.where, number=self.count, request=edit.request, bytes=size, info=edit.info), seconds
 
 
-def units(params: Params, model: str, states: Mapping[Line, list[str]]) -> list[Unit]:
+def units(params: Params, model: str, states: Mapping[Line, Mapping[int, str]]) -> list[Unit]:
     """Everything a run must have of one model, in the order of the results: cells and edits by trajectory."""
     wanted, text = [], {}
     if "structure" in params.measures:  # read once, it may be long
@@ -103,7 +103,7 @@ def units(params: Params, model: str, states: Mapping[Line, list[str]]) -> list[
                 for edits in (count, 0)
             )
             wanted.append(Unit(key, at, line, count, unedited))
-        wanted += [Unit(state, where, line, number) for number, state in enumerate(states[line]) if number]
+        wanted += [Unit(state, where, line, number) for number, state in states[line].items() if number]
     return wanted
 
 
@@ -123,13 +123,13 @@ def _cell_key(params: Params, benchmark: str, state: str, requests: Sequence, te
 
 
 def planned(params: Params) -> Counter[str]:
-    """How many edits by each method, and how many cells, a run has."""
+    """How many steps by each method, and how many cells, a run has."""
     models, orders = len(params.models), len(params.orders)
     checkpoints = len(params.methods) * orders * (len(params.edits) - 1)
     unedited = sum(orders if name in OF_EDITS else 1 for name in params.asked)
     counts = Counter(cell=models * (checkpoints * len(params.asked) + unedited))
     for method in params.methods:
-        counts[f"edit by {method.method}"] += max(params.edits) * orders * models
+        counts[f"edit by {method.method}"] += (len(params.steps(method)) - 1) * orders * models
     return counts
 
 
@@ -272,14 +272,14 @@ def run(params: Params, workers: int | None = None, scheduler: str | None = None
     times: dict[str, list[float]] = defaultdict(list)
     for record, seconds in found:
         if isinstance(record, EditRecord) and seconds is not None:
-            times[record.method].append(seconds)
+            times[record.method].append(seconds / len(record.requests))
     medians = {method: round(median(each), 3) for method, each in times.items()}
     manifest = {
         "params": params.model_dump(),
         "params_fingerprint": params.fingerprint(),
         "hparams": params.hparams(),
         "models": about,
-        "edits": {"failed": sum("failed" in edit.info for edit in edits), "median_seconds": medians},
+        "edits": {"failed": failures(edits).total(), "median_seconds": medians},
         "computed": computed,
         "wall_seconds": round(time.time() - started, 1),
         "work_seconds": round(sum(seconds or 0 for _, seconds in found), 1),

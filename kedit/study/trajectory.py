@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -35,18 +36,22 @@ class Line(NamedTuple):
     order: int
 
 
-def states_of(fingerprint: str, recipe: Mapping[str, Any], requests: Sequence[EditRequest]) -> list[str]:
-    """For each count of edits, from 0, the hash of all that the edited model depends on.
+def states_of(
+    fingerprint: str, recipe: Mapping[str, Any], requests: Sequence[EditRequest], steps: Sequence[int] | None = None
+) -> dict[int, str]:
+    """For each count of edits after a step, from 0, the hash of all that the edited model depends on.
 
-    The store keeps the last of these edits under it.
+    The store keeps the last step's edit under it.
 
     Args:
         fingerprint: the model's.
         recipe: the editor's (``Editor.recipe``).
+        steps: those counts (``Params.steps``); by default a step is one request.
     """
-    states = [digest("model", fingerprint)]
-    for request in requests:
-        states.append(digest(FORMAT, states[-1], recipe, request.key()))
+    states = {0: digest("model", fingerprint)}
+    for before, count in pairwise(steps or range(len(requests) + 1)):
+        turn = [request.key() for request in requests[before:count]]
+        states[count] = digest(FORMAT, states[before], recipe, turn if len(turn) > 1 else turn[0])
     return states
 
 
@@ -61,23 +66,25 @@ class Trajectory:
         self.lm.journal.reset()
         self.store, self.requests = Store(), params.requests(line.order)
         self.editor = editor(method.method, self.lm, hparams=method.hparams, statistics=self.moments)
-        self.states = states_of(self.lm.fingerprint, self.editor.key(), self.requests)
+        self.states = states_of(self.lm.fingerprint, self.editor.key(), self.requests, params.steps(method))
 
     def advance(self, count: int) -> None:
         """Bring the model from no edit to ``count``, replaying what is stored and storing what is new."""
         journal = self.lm.journal
         journal.reset()
-        for state, request in zip(self.states[1 : count + 1], self.requests, strict=False):
-            if (stored := self.store.get(state)) is not None:
+        for before, after in pairwise(step for step in self.states if step <= count):
+            if (stored := self.store.get(self.states[after])) is not None:
                 journal.replay(Edit.from_bytes(stored))
                 continue
+            turn = self.requests[before:after]
             try:
-                edit = self.editor.apply(request)
+                edit = self.editor.apply(turn)
             except EditFailed as error:
-                log.warning("edit %d (%s) failed: %s", len(journal.edits) + 1, request.id, error)
-                edit = Edit(self.editor.name, request.id, info={"failed": str(error)})
+                ids = [request.id for request in turn]
+                log.warning("edit %d (%s) failed: %s", before + 1, " to ".join(dict.fromkeys((ids[0], ids[-1]))), error)
+                edit = Edit(self.editor.name, ids if len(ids) > 1 else ids[0], info={"failed": str(error)})
                 journal.replay(edit)
-            self.store.put(state, edit.to_bytes())
+            self.store.put(self.states[after], edit.to_bytes())
 
 
 # What workers do -----------------------------------------------------------------------------------
@@ -91,7 +98,7 @@ def _loaded(model: str, dtype: str, statistics: tuple) -> tuple[models.LM, Secon
     return lm, SecondMoments(lm, **dict(statistics)), Examiner(lm)
 
 
-def survey(params: Params, model: str) -> tuple[dict[str, Any], dict[Line, list[str]], list[int]]:
+def survey(params: Params, model: str) -> tuple[dict[str, Any], dict[Line, dict[int, str]], list[int]]:
     """Load a model and look at every trajectory of it, before jobs are handed out.
 
     Returns:
@@ -132,7 +139,7 @@ def advance(params: Params, model: str, line: Line, count: int, keys: Mapping[st
         whether all is in the store now; False where a worker of another run is at some of it.
     """
     trajectory = Trajectory(params, model, line)
-    store, states = trajectory.store, trajectory.states[1 : count + 1]
+    store, states = trajectory.store, [state for step, state in trajectory.states.items() if 0 < step <= count]
     with ExitStack() as claims:
         lacking = {name: of for name, of in keys.items() if store.get(of[0]) is None}
         mine = {name: of for name, of in lacking.items() if claims.enter_context(claim(store.path(of[0])))}
