@@ -18,6 +18,7 @@ from torch import Tensor
 from kedit.data.facts import bundled
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.retrieval import Encoder, RetrievalEditor
+from kedit.editors.space import trying
 from kedit.model.journal import Edit
 from kedit.model.memory import Route
 
@@ -60,6 +61,7 @@ class IKE(RetrievalEditor):
     name = "ike"
     style = ("#117733", "h", ":")
     Hparams = Hparams
+    space = trying(k=(8, 16, 32), spread=(False, True), scope=(0.5, 0.55, 0.6, 0.65, 0.7, 0.75))
 
     @torch.inference_mode(False)
     def _prepare(self) -> None:

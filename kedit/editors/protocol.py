@@ -11,6 +11,7 @@ from kedit import KeditError
 from kedit.data import facts
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.second_moments import SecondMoments
+from kedit.editors.space import Options
 from kedit.model.journal import Edit, EditFailed
 from kedit.model.lm import LM
 from kedit.model.memory import Memory
@@ -44,6 +45,8 @@ class Editor(ABC):
     style: ClassVar[tuple[str, str, str]] = ("#882255", "d", "-.")
     """Colour, marker and dash of its curve: Okabe and Ito's colours, which the colour-blind can tell apart."""
     Hparams: ClassVar[type] = NoHparams
+    space: ClassVar[Mapping[str, Options]] = {}
+    """What ``kedit tune`` tries of each hyper-parameter."""
     trained: ClassVar[bool] = False
     """Whether ``prepare`` trains something, where it was not trained before."""
     needs: ClassVar[tuple[str, ...]] = ()

@@ -24,6 +24,7 @@ from kedit.data.facts import bundled, bundled_zsre
 from kedit.data.requests import EditRequest, spaced
 from kedit.editors.bounds import Count, Natural, Positive, Share
 from kedit.editors.retrieval import WIDTH, Encoder, RetrievalEditor
+from kedit.editors.space import trying
 from kedit.editors.training import ScoredText, TrainedEditor, Training, scored
 from kedit.model.forward import pad
 from kedit.model.journal import Edit
@@ -142,6 +143,7 @@ class SERAC(RetrievalEditor, TrainedEditor):
     needs = ("norms",)
     style = ("#117733", "P", "--")
     Hparams = Hparams
+    space = trying(threshold=(0.3, 0.4, 0.5, 0.6, 0.7), soft=(False, True))
     edit_hparams = ("threshold", "soft")
 
     @classmethod
