@@ -8,6 +8,7 @@ generated come on top. Disk: half-precision weights and second moments; edits co
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -31,6 +32,8 @@ from kedit.study.params import DTYPES, Method, Params
 from kedit.study.run import planned, units
 from kedit.study.trajectory import Line, states_of
 from kedit.workers import free_memory
+
+logger = logging.getLogger(__name__)
 
 GB = 1e9
 LIBRARIES = 1_500_000_000
@@ -111,9 +114,14 @@ def _remedy(shape: Shape, dtype: str, device: str, kind: type[Editor], hparams: 
 def check(params: Params) -> None:
     """What a run should ask before it loads a model: layers, memory, edits, the benchmarks' data, the statistics' text.
 
+    Terms of use that a model has of its own are told.
+
     Raises:
         KeditError: one sentence on what is missing.
     """
+    for model in params.models:
+        if terms := KNOWN.get(model, {}).get("terms"):
+            logger.info("%s", terms)
     try:
         for model in params.models:
             for _, kind, hparams in _editors(params, model) if (shape := shape_of(model)) else ():
