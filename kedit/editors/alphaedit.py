@@ -6,7 +6,7 @@ edits are held as well.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from kedit.data.requests import EditRequest
 from kedit.editors import locate_then_edit, memit
-from kedit.editors.bounds import Count, Layers, Positive, Share
+from kedit.editors.bounds import LATER, Count, Layers, Positive, Share
+from kedit.editors.history import grow, none
 from kedit.editors.space import decades, in_a_row
-from kedit.model.journal import Edit, Entry
-from kedit.model.memory import Memory
+from kedit.model.forward import LookupText
+from kedit.model.journal import Edit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class Hparams(locate_then_edit.Hparams):
 
     ``null_space_share``: the null space is as many of the smallest eigenvalues of C as together hold this share
     of their sum, which means the same for every layer and model. ``nullspace_threshold``, if given, is instead
-    the published absolute bound on eigenvalues (0.02). ``l2`` is the method's L2.
+    the published absolute bound on eigenvalues (0.02). ``l2`` is the method's L2. Without ``history`` M is left
+    out: what the null space does alone.
     """
 
     layers: Layers
@@ -34,49 +36,13 @@ class Hparams(locate_then_edit.Hparams):
     nullspace_threshold: Positive | None = None
     l2: Positive = 10.0
     context_lengths: tuple[tuple[Count, Count], ...] = ((10, 5),)
-
-
-class KeyMemory(Memory):
-    """Keys of earlier edits, (layers, m) each, and what the next edit needs of them.
-
-    For each layer those keys in the basis of the null space, (r, n), and the Cholesky factor (n, n) of
-    L2 I + their Gram matrix, which grows by a row an edit.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._grown: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def clear(self) -> None:
-        """Forget all."""
-        super().clear()
-        self._grown.clear()
-
-    def read(self, position: int, basis: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-        """Keys of the layer at a position within the basis, and the factor, brought up to the last edit."""
-        empty = basis.new_zeros(basis.shape[1], 0), basis.new_zeros(0, 0)
-        keys, factor = self._grown.get(position, empty)
-        for entry in self.entries[keys.shape[1] :]:
-            key = entry["keys"][position].to(basis, copy=True)  # as in SecondMoments: replayed edits have the same bits
-            keys, factor = grow(keys, factor, basis.T @ key, l2)
-        self._grown[position] = keys, factor
-        return keys, factor
-
-
-def grow(keys: Tensor, factor: Tensor, key: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-    """One key more: keys (r, n + 1) and the Cholesky factor of L2 I + their Gram matrix."""
-    across = torch.linalg.solve_triangular(factor, (keys.T @ key)[:, None], upper=False)
-    corner = (l2 + key @ key - across.square().sum()).sqrt().view(1, 1)
-    factor = torch.cat([torch.nn.functional.pad(factor, (0, 1)), torch.cat([across.T, corner], 1)])
-    return torch.cat([keys, key[:, None]], 1), factor
+    history: bool = field(default=True, metadata=LATER)
 
 
 class AlphaEdit(memit.MEMIT):
     """Per layer: W gains R K^T P (K K^T P + M P + L2 I)^-1, P = U U^T (eq. 14), M of earlier edits' keys.
 
-    In the basis U this is the symmetric system (U^T (K K^T + M) U + L2 I) Y = U^T K. Its matrix is a
-    multiple of the identity plus one rank for every edit so far, so Woodbury's identity needs a factor
-    of the size of their number only, and that is the last edit's with one row more.
+    In the basis U this is the symmetric system (U^T (K K^T + M) U + L2 I) Y = U^T K (kedit/editors/history.py).
     """
 
     name = "alphaedit"
@@ -89,10 +55,6 @@ class AlphaEdit(memit.MEMIT):
         "nullspace_threshold": (None,),
         "l2": decades(-3, 1),
     }
-
-    def make_memory(self) -> KeyMemory:
-        """The keys of earlier edits."""
-        return KeyMemory()
 
     @cached_property
     def _bases(self) -> dict[int, Tensor]:
@@ -111,7 +73,9 @@ class AlphaEdit(memit.MEMIT):
     def _gain(self, layer: int, keys: Tensor) -> Tensor:
         basis, l2 = self.basis(layer), self.hparams.l2
         inside = basis.T @ keys
-        known, factor = self.memory.read(self.hparams.layers.index(layer), basis, l2)
+        known, factor = none(inside)
+        if self.memory is not None:
+            known, factor = self.memory.read(self.hparams.layers.index(layer), lambda key: basis.T @ key, l2, inside)
         for key in inside.T:
             known, factor = grow(known, factor, key, l2)
         solved = torch.cholesky_solve(known.T @ inside, factor)
@@ -119,8 +83,9 @@ class AlphaEdit(memit.MEMIT):
 
     def _apply_batch(self, requests: Sequence[EditRequest], edit: Edit, each: Sequence[Edit]) -> None:
         super()._apply_batch(requests, edit, each)
-        # What is held from now on are the keys in the edited model.
-        for request, one in zip(requests, each, strict=True):
-            keys = [self._key(self._texts(request), layer) for layer in self.hparams.layers]
+        for one in each:
             one.info["rank"] = [self.basis(layer).shape[1] for layer in self.hparams.layers]
-            edit.write(Entry(self.name, {"keys": torch.stack(keys).cpu()}))
+
+    def _held(self, texts: Sequence[LookupText], used: Tensor) -> Tensor:
+        """What is held from now on are the keys in the edited model."""
+        return torch.stack([self._key(texts, layer) for layer in self.hparams.layers])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kedit.data.requests import EditRequest
 from kedit.editors import memit
-from kedit.editors.value_search import STOP, adding, clamp, descend
+from kedit.editors.value_search import adding, clamp, descend
 from kedit.model.forward import LookupText, activations, capture, hooked, lookup_text
 from kedit.model.journal import Edit
 from kedit.model.lm import LM
@@ -108,7 +108,7 @@ class PMET(memit.MEMIT):
             return nll_factor * nll_loss + hp.kl_factor * kl + weight_decay
 
         def converged(loss: float) -> bool:
-            return loss < STOP or (objective.likeliest and (hp.kl_factor * objective.kl).item() <= 0.01)
+            return objective.reached(loss, hp) or (objective.likeliest and (hp.kl_factor * objective.kl).item() <= 0.01)
 
         losses = descend(deltas, loss_now, hp, converged, lambda: clamp(deltas, norms, hp))
         edit.info |= objective.info(losses)

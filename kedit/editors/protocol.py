@@ -3,13 +3,14 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from kedit import KeditError
 from kedit.data import facts
 from kedit.data.requests import EditRequest, spaced
+from kedit.editors.bounds import stated
 from kedit.editors.second_moments import SecondMoments
 from kedit.editors.space import Options
 from kedit.model.journal import Edit, EditFailed
@@ -111,7 +112,7 @@ class Editor(ABC):
         """
         moments = dict(statistics) if cls.moments_at(hparams) else None
         given = list(contexts) if contexts else "sampled"
-        return {"method": cls.name, "hparams": asdict(hparams), "statistics": moments, "contexts": given}
+        return {"method": cls.name, "hparams": stated(hparams), "statistics": moments, "contexts": given}
 
     @classmethod
     def artefact(cls, model: str, fingerprint: str, hparams: Any) -> dict[str, str]:

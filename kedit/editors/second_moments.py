@@ -1,7 +1,6 @@
 """Second moments of the keys, and what is derived from them."""
 
 import hashlib
-import importlib.metadata
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ def key_of(model: str, fingerprint: str, text: str | None = None, tokens: int = 
     if text == "wikipedia":
         version = "-".join(WIKIPEDIA).replace("/", "-")
     elif text == "wikipedia-sample":
-        version = f"gensim-{importlib.metadata.version('gensim')}"
+        version = "gensim-4.4.0"  # whose dump it is, as that version reads it
     else:
         version = hashlib.sha256("\x1e".join(corpus(text)).encode()).hexdigest()[:16]
     return {"model": fingerprint, "text": text, "tokens": tokens, "hash": version}
@@ -58,7 +57,7 @@ class SecondMoments:
         self.lm, self.text, self.tokens = lm, text or default_text(lm.name), tokens
         self._given = moments is not None
         self._moments: dict[int, Tensor] = dict(moments or {})
-        self._factors: dict[int, Tensor] = {}
+        self._factors: dict[tuple[int, float], Tensor] = {}
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -135,15 +134,15 @@ class SecondMoments:
                 write(*self._file(name), save(stored))
         return stored
 
-    def solve(self, layer: int, keys: Tensor) -> Tensor:
-        """C^-1 K in float64 by the layer's Cholesky factor; keys (m, n) -> (m, n).
+    def factor(self, layer: int, ridge: float = 0.0) -> Tensor:
+        """The lower Cholesky factor of C + ridge I, (m, m) float64.
 
         Raises:
             KeditError: C is singular, because the text has too few tokens for m.
         """
 
         def factorise(moment: Tensor) -> dict[str, Tensor]:
-            factor, info = torch.linalg.cholesky_ex(moment)
+            factor, info = torch.linalg.cholesky_ex(moment + ridge * torch.eye(len(moment)).to(moment))
             if info:
                 raise KeditError(
                     f"the second moment of layer {layer} is singular: {self.tokens} tokens of {self.text} are too few; "
@@ -151,10 +150,15 @@ class SecondMoments:
                 )
             return {"factor": factor}
 
-        if layer not in self._factors:
-            self._factors[layer] = self._derived(layer, "cholesky", factorise)["factor"]
+        if (layer, ridge) not in self._factors:
+            name = f"cholesky-{ridge!r}" if ridge else "cholesky"
+            self._factors[layer, ridge] = self._derived(layer, name, factorise)["factor"]
+        return self._factors[layer, ridge]
+
+    def solve(self, layer: int, keys: Tensor, ridge: float = 0.0) -> Tensor:
+        """(C + ridge I)^-1 K in float64 by its Cholesky factor; keys (m, n) -> (m, n)."""
         # cholesky_solve would copy the factor each time
-        lower = self._factors[layer]
+        lower = self.factor(layer, ridge)
         half = torch.linalg.solve_triangular(lower, keys.double(), upper=False)
         return torch.linalg.solve_triangular(lower.T, half, upper=True)
 

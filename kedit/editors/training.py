@@ -9,7 +9,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from kedit import KeditError
 from kedit.data import facts
 from kedit.data.requests import spaced
+from kedit.editors.bounds import stated
 from kedit.editors.protocol import Editor, committed
 from kedit.model.lm import LM
 from kedit.store import cache_folder, claim, read, write
@@ -201,7 +202,7 @@ class TrainedEditor(Editor):
     @classmethod
     def settings(cls, hparams: Any) -> str:
         """Hash of what the training depends on besides the model: its hyper-parameters and the bundled facts."""
-        values = {name: value for name, value in asdict(hparams).items() if name not in cls.edit_hparams}
+        values = {name: value for name, value in stated(hparams).items() if name not in cls.edit_hparams}
         text = json.dumps([cls.name, values], sort_keys=True).encode()
         return hashlib.sha256(text + facts.BUNDLED.read_bytes()).hexdigest()[:16]
 

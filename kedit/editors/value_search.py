@@ -15,13 +15,14 @@ front of it, to the MLP's output, and each step runs the edited block too.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kedit.editors.bounds import Count, NotNegative, Positive
+from kedit.editors.bounds import LATER, Count, NotNegative, Positive
 from kedit.model.forward import Hook, LookupText, Tail, hooked
 from kedit.model.journal import EditFailed
 from kedit.model.lm import LM
@@ -34,7 +35,8 @@ STOP = 0.05
 class Search:
     """Settings of the search.
 
-    ``steps`` counts updates; ROME's ``v_num_grad_steps`` counts forwards, which are one more.
+    ``steps`` counts updates; ROME's ``v_num_grad_steps`` counts forwards, which are one more. ``early``: how many
+    forwards may find the target the likeliest after every prefixed text; the last of them ends the search (ENCORE).
     """
 
     steps: Count = 24
@@ -42,6 +44,7 @@ class Search:
     weight_decay: NotNegative = 1e-3
     clamp_norm_factor: Positive = 4.0
     kl_factor: NotNegative = 0.0625
+    early: Count | None = field(default=None, metadata=LATER)
 
 
 def descend(
@@ -136,6 +139,7 @@ class Objective:
         tail: the texts with the target's tokens but the last, then ``kl_text``.
         kl, logprobs, likeliest: of the last evaluation, without gradients: the divergence; (rows, target)
             log-probabilities of the target's tokens; whether every one of them is the likeliest token.
+        hits: evaluations so far in which every one was after all texts but the first, which is the bare prompt.
     """
 
     def __init__(
@@ -152,7 +156,7 @@ class Objective:
         self._rows = torch.arange(len(texts), device=lm.device)[:, None]
         self._labels = torch.tensor([list(target)] * len(texts), device=lm.device)[..., None]
         self._before: Tensor | None = None
-        self.likeliest = False
+        self.likeliest, self.hits = False, 0
 
     def losses(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The target's negative log-likelihood, mean over its tokens and over rows; KL(this call || the first).
@@ -170,8 +174,14 @@ class Objective:
             self._before = after.detach()
         kl = (after.exp() * (after - self._before)).sum()
         self.logprobs, self.kl = logprobs.detach(), kl.detach()
-        self.likeliest = bool((every.amax(-1) == logprobs).all())
+        likeliest = every.amax(-1) == logprobs
+        self.likeliest = bool(likeliest.all())
+        self.hits += bool(likeliest[int(len(likeliest) > 1) :].all())
         return -logprobs.mean(1).mean(), kl
+
+    def reached(self, loss: float, settings: Search) -> bool:
+        """Whether a search ends at its last evaluation, which had this loss."""
+        return loss < STOP or (settings.early is not None and self.hits >= settings.early)
 
     def info(self, losses: Sequence[float]) -> dict[str, Any]:
         """What a journal tells of a search with these losses: updates, the last loss, and p(target) at the end."""
@@ -201,7 +211,6 @@ def search(objective: Objective, init: Tensor, settings: Search) -> tuple[Tensor
         weight_decay = settings.weight_decay * delta.norm() / init_norm**2
         return nll_loss + settings.kl_factor * kl + weight_decay
 
-    losses = descend(
-        [delta], loss_now, settings, lambda loss: loss < STOP, lambda: clamp([delta], [init_norm], settings)
-    )
+    converged = partial(objective.reached, settings=settings)
+    losses = descend([delta], loss_now, settings, converged, lambda: clamp([delta], [init_norm], settings))
     return delta.detach(), losses

@@ -5,7 +5,6 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from kedit import ROOT, KeditError
 from kedit.data import facts
 from kedit.editors import kind_of, make_hparams
+from kedit.editors.bounds import stated
 from kedit.evaluation import MEASURES, benchmarks
 from kedit.registry import unknown
 from kedit.store import digest, runs_folder, write_atomic
@@ -235,7 +235,7 @@ class Params(_Mapping):
         given = {}
         for model, method in product(self.models, self.methods):
             hparams = make_hparams(kind_of(method.method), model, method.hparams)
-            given[f"{method.method} ({method.variant}) on {model}"] = asdict(hparams)
+            given[f"{method.method} ({method.variant}) on {model}"] = stated(hparams)
         return given
 
     def values(self) -> dict[str, Any]:
