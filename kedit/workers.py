@@ -50,7 +50,7 @@ def free_memory() -> int:
 
 def quiet_libraries() -> None:
     """Of what other libraries log, only what went wrong; and no warnings that the user can do nothing about."""
-    for noisy in ("httpx", "datasets", "lm_eval", "gensim", "smart_open", "distributed"):
+    for noisy in ("httpx", "datasets", "lm_eval", "distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -23,7 +23,6 @@ FLOORS = (
 PICO = (*FLOORS[0], "data", "pico")
 """What the pico family may import; only the command line imports it (all else through the registry)."""
 LAZY = {
-    "gensim": "carries the text of second moments; seconds to import",
     "datasets": "seconds to import, and only benchmarks are read with it",
     "lm_eval": "seconds to import, and only asking benchmarks needs it",
     "distributed": "optional: only there for DASK=",

