@@ -1,4 +1,8 @@
-"""The README's tables: what each takes is measured (``kedit.study.single``), where the store does not have it yet."""
+"""The tables of README.md and of the pages beside it.
+
+Those of the committed results are computed from them (``claims``); for the others something is measured
+(``kedit.study.single``), where the store does not have it yet.
+"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,6 +12,8 @@ from typing import Any
 import pandas as pd
 
 import kedit
+from kedit.analysis import claims
+from kedit.analysis.claims import markdown
 from kedit.analysis.scores import FLOOR, off_chance, shown, summarise
 from kedit.editors import kind_of, known
 from kedit.evaluation import benchmarks
@@ -67,32 +73,38 @@ def editing_table(count: int = 100) -> pd.DataFrame:
         return pd.DataFrame(executor.map(_method_row, known(), [count] * len(known())))
 
 
-TABLES: dict[str, Callable[[], pd.DataFrame]] = {"suite": suite_table, "pico": pico_table, "editing": editing_table}
+TABLES: dict[str, Callable[[], pd.DataFrame | str]] = {
+    "decision": claims.decision,
+    "answers": claims.answers,
+    "claims": claims.claims,
+    "suite": suite_table,
+    "pico": pico_table,
+    "editing": editing_table,
+}
+PAGES = ("README.md", "CLAIMS.md", "kedit/README.md", "params/README.md", "notebooks/README.md")
+"""Where a table's markers may stand; it is written into every page that has them."""
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """A frame as a Markdown table, without its index."""
-    lines = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).to_numpy()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def filled(name: str, text: str, table: pd.DataFrame | str) -> str:
+    """A page with a table between its markers, if it has them."""
+    table = table if isinstance(table, str) else markdown(table)
+    place = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+    return re.sub(place, lambda match: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
 
 
 def update_readme(names: Sequence[str]) -> None:
-    """Measure tables and put them between their markers in README.md.
+    """Make tables and put them between their markers, in whichever page has these.
 
     Raises:
         KeditError: there is no such table, or no place for it.
     """
-    path = kedit.ROOT / "README.md"
     for name in names:
         if name not in TABLES:
             raise unknown("table", name, TABLES)
-        table = markdown(TABLES[name]())
-        text, replaced = re.subn(
-            rf"(<!-- table {name} -->\n).*?(<!-- end -->)",
-            lambda match, table=table: f"{match[1]}{table}\n{match[2]}",
-            path.read_text(),
-            flags=re.DOTALL,
-        )
-        if not replaced:
-            raise kedit.KeditError(f"README.md has no place for the table {name!r}; add its markers.")
-        write_atomic(path, text.encode())
+        pages = {path: path.read_text() for path in map(kedit.ROOT.joinpath, PAGES)}
+        pages = {path: text for path, text in pages.items() if f"<!-- table {name} -->" in text}
+        if not pages:
+            raise kedit.KeditError(f"no page has a place for the table {name!r}; add its markers to one of {PAGES}.")
+        table = TABLES[name]()
+        for path, text in pages.items():
+            write_atomic(path, filled(name, text, table).encode())
