@@ -2,11 +2,13 @@
 
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
 from conftest import LAYERS
 
+from kedit import KeditError
 from kedit.__main__ import main
 from kedit.data import facts
 from kedit.editors import kind_of, known, make_hparams
@@ -113,6 +115,13 @@ def test_the_best_wins_and_of_equals_the_default(search, monkeypatch, best, wins
     default = make_hparams(FTM, "llama", None, module.load("llama").model.config)
     assert block["hparams"]["lr"] == (default.lr if wins == "default" else wins)
     assert ("none was better than the default" in block["source"]) == (wins == "default")
+
+
+def test_what_cannot_be_measured_is_said(search, monkeypatch):
+    requests = tuple(replace(request, neighbours=()) for request in facts.bundled("validation")[:4])
+    monkeypatch.setattr(facts, "load", lambda name, split: requests)
+    with pytest.raises(KeditError, match="locality cannot be measured on 2 records"):
+        search()
 
 
 @pytest.mark.parametrize("name", sorted(known()))

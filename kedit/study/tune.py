@@ -28,6 +28,7 @@ from kedit import KeditError
 from kedit.data import facts
 from kedit.data.requests import EditRequest
 from kedit.editors import check_layers, kind_of, make_hparams
+from kedit.editors.bounds import stated
 from kedit.editors.protocol import Editor
 from kedit.editors.second_moments import SecondMoments
 from kedit.editors.space import Options
@@ -88,9 +89,11 @@ def drawn(kind: type[Editor], lm: LM, space: Mapping[str, Options], trials: int,
     settings = [make_hparams(kind, lm.name, None, lm.model.config)]
     options = {key: some(lm.layers) if callable(some) else some for key, some in space.items()}
     for point in qmc.Halton(len(options), rng=seed).random(DRAWS * trials):
+        if len(settings) == trials:
+            break
         values = {key: some[int(x * len(some))] for x, (key, some) in zip(point, options.items(), strict=True)}
         hparams = make_hparams(kind, lm.name, asdict(settings[0]) | values)
-        if len(settings) < trials and hparams not in settings:
+        if hparams not in settings:
             check_layers(kind, hparams, lm.layers)
             settings.append(hparams)
     return settings
@@ -116,7 +119,7 @@ def tried(kind: type[Editor], lm: LM, hparams: Any, requests: Sequence[EditReque
     trial = Trial(hparams, means, errors)
     about = "%d records: %s; %d failed, %.2f s an edit; %s"
     cost = costs(records)
-    log.info(about, len(requests), trial, cost["failed"], cost["seconds"], asdict(hparams))
+    log.info(about, len(requests), trial, cost["failed"], cost["seconds"], stated(hparams))
     return trial
 
 
@@ -170,5 +173,5 @@ def block(lm: LM, hparams: Any, source: str) -> str:
         return yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, default_flow_style=True, width=110)
 
     told = fill(source, 112, break_long_words=False, break_on_hyphens=False)
-    parts = f"  - models: {flow([lm.name])}", "    hparams:\n", indent(flow(asdict(hparams)), " " * 6)
+    parts = f"  - models: {flow([lm.name])}", "    hparams:\n", indent(flow(stated(hparams)), " " * 6)
     return "".join((*parts, "    source: >\n", indent(told, " " * 6)))
