@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
 from operator import getitem
@@ -15,7 +15,7 @@ import yaml
 
 from kedit import KeditError
 from kedit.data import hub
-from kedit.data.requests import EditRequest, NoTarget
+from kedit.data.requests import EditRequest, NoTarget, Untrimmed
 from kedit.registry import load_object, registered, unknown
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ BUNDLED = Path(__file__).with_name("facts.json")
 RELATIONS: dict[str, dict[str, Any]] = json.loads(BUNDLED.read_text())["relations"]
 NEIGHBOURS = 5
 """Neighbours of a bundled record."""
+LARGE = 100
+"""Records from which on a set is not refused because of some whose subject has white space around it."""
 
 
 # The bundled set ---------------------------------------------------------------------------------
@@ -98,20 +100,27 @@ def _request(raw: Mapping[str, Any], schemas: Sequence[Mapping[str, list[str | i
     return EditRequest(**fields | {"id": str(fields["id"])})
 
 
-def _requests(name: str, raws: Iterable[Any], where: str | Path) -> tuple[EditRequest, ...]:
-    """Records of a published set, in order; those whose new object is empty or the old one are left out, logged."""
-    records, unusable = [], []
+def _requests(name: str, raws: Collection[Any], where: str | Path) -> tuple[EditRequest, ...]:
+    """Records of a published set, in order; those with nothing to edit are left out, logged.
+
+    So are, of a ``LARGE`` set, those whose subject has white space around it.
+    """
+    records, unusable, untrimmed = [], [], []
     for index, raw in enumerate(raws):
         try:
             records.append(_request(raw, PUBLISHED[name]["schemas"]))
         except NoTarget:
             unusable.append(index)
         except (LookupError, ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, Untrimmed) and len(raws) >= LARGE:
+                untrimmed.append(index)
+                continue
             reason = f"key {error} is missing" if isinstance(error, KeyError) else error
             raise KeditError(f"{where}, record {index}: {reason}.") from error
-    if unusable:
-        reason = "%s: left out %d records whose new object is empty or the old one: %s"
-        log.warning(reason, where, len(unusable), unusable)
+    reasons = {"new object is empty or the old one": unusable, "subject has white space around it": untrimmed}
+    for reason, left_out in reasons.items():
+        if left_out:
+            log.warning("%s: left out %d records whose %s: %s", where, len(left_out), reason, left_out)
     return tuple(records)
 
 

@@ -11,6 +11,10 @@ class NoTarget(ValueError):
     """The new object is empty, or the old one: there is nothing to edit."""
 
 
+class Untrimmed(ValueError):
+    """White space around the subject, whose tokens are then not those that it has in other texts."""
+
+
 @dataclass(frozen=True)
 class EditRequest:
     """One fact to rewrite.
@@ -48,7 +52,7 @@ class EditRequest:
             if not getattr(self, name).strip():
                 raise error(f"{name} is empty")
         if self.subject != self.subject.strip():
-            raise ValueError(f"subject {self.subject!r} begins or ends in white space")
+            raise Untrimmed(f"subject {self.subject!r} begins or ends in white space")
         if self.target_new.strip() == self.target_true.strip():
             raise NoTarget(f"target_new equals target_true ({self.target_true!r})")
 

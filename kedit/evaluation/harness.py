@@ -24,6 +24,7 @@ import lm_eval
 import lm_eval.utils
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
@@ -172,9 +173,12 @@ def evaluate(
         task = tasks[subtask]
         with contextlib.redirect_stderr(io.StringIO()):
             which = None if limit is None else {subtask: drawn}
-            results = lm_eval.evaluate(
-                reader, {subtask: task}, samples=which, apply_chat_template=chat, bootstrap_iters=0
-            )
+            try:
+                results = lm_eval.evaluate(
+                    reader, {subtask: task}, samples=which, apply_chat_template=chat, bootstrap_iters=0
+                )
+            except TemplateError as error:
+                raise KeditError(f"benchmark {name!r}: an item lacks what task {subtask} needs ({error}).") from error
         samples = results["samples"][subtask]
         wanted = about.get("filter", None if about else samples[0]["filter"])
         samples = [sample for sample in samples if sample["filter"] == (wanted or sample["filter"])]

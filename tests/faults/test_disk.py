@@ -93,6 +93,8 @@ CASES = [
     for operation, error, place in product(("open", "write", "fsync", "replace", "mkdir"), ERRORS, PLACES)
     for after in AFTER.get(place, (0,))
 ]
+CASES = [case for number, case in enumerate(CASES) if case[1] == "ENOSPC" or number % 4 == 0]
+"""A full disk in every way and place, the other errors, which are told from it nowhere, in a fourth of them."""
 
 
 def wrong_after(world, whole, runs, code, printed):
@@ -148,7 +150,8 @@ def test_a_publication_that_the_disk_refuses_is_one_sentence(world, whole, tmp_p
     names = (
         ("table.csv", "figure.png", "figure.pdf", "cells.jsonl", "manifest") if FULL else ("table.csv", "figure.pdf")
     )
-    for operation, error, name in product(("open", "write", "replace"), ERRORS, names):
+    ways = list(product(("open", "write", "replace"), ERRORS, names))
+    for operation, error, name in [way for number, way in enumerate(ways) if way[1] == "ENOSPC" or number % 4 == 0]:
         runs = tmp_path / "runs"
         shutil.copytree(whole, runs)
         code, printed = world.fork(runs, partial(broken, publish, operation, error, re.escape(name), 0)).wait()
@@ -194,7 +197,7 @@ def on_a_small_disk(folder: Path, kilobytes: int, read_only: bool, out: Path) ->
 
 
 def test_a_full_or_read_only_file_system_is_one_sentence(world, whole, tmp_path):
-    sizes = list(range(8, 480, 16)) if FULL else [8, 200]
+    sizes = list(range(8, 480, 32)) if FULL else [8, 200]
     wrong = {}
     for kilobytes in [0, *sizes]:
         runs = tmp_path / f"{kilobytes}"

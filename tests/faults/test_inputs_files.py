@@ -146,6 +146,20 @@ def test_a_wrong_edit_set_is_one_sentence(folder, data):
     assert "record 1" in refused[0] or "cannot be read" in refused[0] or "must be a JSON list" in refused[0]
 
 
+@pytest.mark.parametrize("subject", ["France ", " France", "France\u00a0"])
+def test_white_space_around_a_subject_costs_a_large_set_that_record_and_no_more(folder, subject, caplog):
+    wrong = json.loads(without(RELEASED, "requested_rewrite", "subject", value=subject))[1]
+    many = [{**RELEASED, "case_id": number} for number in range(facts.LARGE)]
+    many[3] = wrong
+    with judged("edit set: white space around a subject"), caplog.at_level("WARNING"):
+        requests = loaded(folder, "counterfact", json.dumps(many).encode())
+        assert [request.id for request in requests] == [str(n) for n in range(facts.LARGE) if n != 3]
+        assert "left out 1 records whose subject has white space around it: [3]" in caplog.text
+    with judged("edit set: white space around a subject") as refused:
+        loaded(folder, "counterfact", json.dumps(many[:10]).encode())
+    assert "record 3: subject" in refused[0]
+
+
 def test_paraphrases_given_as_a_text_are_one_paraphrase(folder):
     with judged("edit set: known kinds of wrong"):
         requests = loaded(folder, "counterfact", without(RELEASED, "paraphrase_prompts", value="It has"))

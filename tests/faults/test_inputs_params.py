@@ -120,6 +120,21 @@ def test_a_hyper_parameter_is_taken_or_refused(tried, key, value):
         assert (tried(text(grid)) is None) == HPARAMS[key](value), value
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("points", value) for value in (0, -1, 2.5, True, "20", None)),
+        *(("threshold", value) for value in (-0.1, 1.5, "0.2", [0.2])),
+        *((key, value) for key in ("erase", "write") for value in (-1, math.inf, math.nan, "8", False)),
+        ("rule", "mine"),
+    ],
+)
+def test_a_wrong_number_of_kn_is_one_sentence(tried, key, value):
+    methods = [{"method": "kn", "variant": "mine", "hparams": {key: value}}]
+    with judged("parameter file: hyper-parameters"):
+        assert key in tried(text({**GRID, "methods": methods}))
+
+
 @given(damaged(text(GRID)))
 @cases(20, 300)
 def test_a_damaged_file_never_ends_in_a_traceback(tried, data):

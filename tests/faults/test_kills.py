@@ -13,8 +13,9 @@ from record import FULL, record
 
 pytestmark = pytest.mark.slow
 
-CASES = 30 if FULL else 2
-SIGNALS = [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP]
+CASES = 36 if FULL else 2
+OTHERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+"""Every sixth signal in the full number, every second in the short form, the others are SIGKILL."""
 PHASES = {
     "model conversion": (lambda runs: (runs / "rq1" / "tiny.yaml").exists(), 1.5),
     "second moments": (lambda runs: (runs / "cache/models" / tiny.MODEL).exists(), 0.6),
@@ -49,12 +50,13 @@ def test_a_run_killed_at_a_random_moment_of_a_phase(phase, world, whole, tmp_pat
         runs = tmp_path / "runs"
         started = world.fork(runs, workers=1 + case % 2)
         while started.running() and not began(runs):
-            time.sleep(0.005)
+            time.sleep(0.01)
         time.sleep(dice.uniform(0, seconds))
         if not started.running():  # too late
             seconds *= 0.9
         else:
-            number = SIGNALS[case % len(SIGNALS)]
+            turn, rest = divmod(case, 6 if FULL else 2)
+            number = signal.SIGKILL if rest else OTHERS[turn % 3]
             (os.killpg if case % 3 == 2 else os.kill)(started.pid, number)
             found = wrong_after(world, whole, runs, started, *started.wait(60))
             record(f"{number.name} during {phase}", found)
@@ -67,7 +69,7 @@ def test_a_run_killed_at_a_random_moment_of_a_phase(phase, world, whole, tmp_pat
 
 def test_a_worker_killed_from_outside_is_one_sentence(world, whole, tmp_path):
     wrong = {}
-    for case in range(10 if FULL else 1):
+    for case in range(6 if FULL else 1):
         runs = tmp_path / f"{case}"
         started = world.fork(runs, workers=2)
         while started.running() and len(tiny.units(runs)) < 1 + case % 12:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("runs_at_once", [2, 4])
 def test_runs_that_share_a_store_from_the_first_load_on(runs_at_once, world, whole, tmp_path):
     wrong = {}
-    for case in range(8 if FULL else 1):
+    for case in range(4 if FULL else 1):
         runs = tmp_path / f"{case}"
         started = []
         for number in range(runs_at_once):

@@ -83,7 +83,7 @@ def test_nothing_of_the_machine_is_in_what_a_run_writes(figure, world, capsys):
 def test_a_notebook_that_is_killed_is_executed_again(figure, world, tmp_path):
     good, wrong, dice = tiny.results(figure[0]), {}, random.Random()
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-    for case in range(30 if FULL else 1):
+    for case in range(15 if FULL else 1):
         runs = tmp_path / "runs"
         shutil.copytree(figure[0], runs)
         for name in tiny.RESULTS[1:]:

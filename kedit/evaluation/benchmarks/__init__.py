@@ -23,19 +23,24 @@ and what the graded score needs that the task does not say:
 - ``openings`` of a ``refusing`` and of a ``complying`` answer, none the beginning of another
 """
 
+import contextlib
+import io
 import json
 from collections import defaultdict
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
 
+from kedit import KeditError
 from kedit.evaluation.benchmarks import stock
-from kedit.registry import load_object, registered, unknown
+from kedit.registry import checked, load_object, registered, unknown
 from kedit.store import digest
 from kedit.workers import quiet_libraries
 
@@ -44,6 +49,35 @@ PAPER: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "paper.yaml").read_tex
 
 Asked = tuple[dict[str, Any], dict[str, Any]]
 """What is said of a benchmark (see above), and its lm-eval task objects by name."""
+Tokens = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass
+class _Reading:
+    items: Annotated[int, Field(ge=1)]
+    shared: Tokens
+    own: Tokens
+    generated: Tokens
+
+
+@dataclass
+class _About:
+    """What ``metadata`` must hold (see above), and of what types the other keys are."""
+
+    benchmark: str
+    metric: str
+    chance: Annotated[float, Field(ge=0, lt=1)]
+    reading: _Reading
+    aspect: str | None = None
+    filter: str | None = None
+    reference: str | None = None
+    graded: str | None = None
+    graded_chance: Annotated[float, Field(ge=0, lt=1)] | None = None
+    two_way: bool | None = None
+    chat: bool | None = None
+    items: str | None = None
+    keep: list[str] | None = None
+    openings: dict[str, list[str]] | None = None
 
 
 class _Loader(yaml.CSafeLoader):
@@ -54,9 +88,17 @@ _Loader.add_constructor("!function", lambda loader, node: node.value)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A task file with what it includes."""
-    config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    return (_read(path.parent / config.pop("include")) if "include" in config else {}) | config
+    """A task file with what it includes.
+
+    Raises:
+        KeditError: one of them cannot be read, or is no mapping.
+    """
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return (_read(path.parent / config.pop("include")) if "include" in config else {}) | config
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise KeditError(f"task file {path} cannot be read ({reason}); it must be a mapping in YAML.") from error
 
 
 def folders() -> dict[str, Path]:
@@ -87,14 +129,22 @@ def known() -> dict[str, Path]:
 def _config(name: str) -> dict[str, Any]:
     if name not in known():
         raise unknown("benchmark", name, known())
-    return PAPER[name] if name in PAPER else _read(known()[name])
+    if name in PAPER:
+        return PAPER[name]
+    config = _read(known()[name])
+    try:
+        about = config.get("metadata") or {}
+        checked(_About, {field.name: about.get(field.name) for field in fields(_About)})
+    except (AttributeError, ValueError) as error:
+        raise KeditError(f"task file {known()[name]}: metadata: {error}.") from error
+    return config
 
 
 def metadata(name: str) -> dict[str, Any]:
     """What is said of a benchmark (see above).
 
     Raises:
-        KeditError: no such benchmark.
+        KeditError: no such benchmark, or its task file is wrong.
     """
     return _config(name)["metadata"]
 
@@ -126,15 +176,57 @@ def tasks(name: str) -> dict[str, Any]:
     """The lm-eval task objects of a benchmark by name, built once; MMLU has 57 of them, BBH 27, the others one.
 
     Raises:
-        KeditError: no such benchmark, or its data cannot be had (``kedit.data.hub``).
+        KeditError: no such benchmark, its data cannot be had (``kedit.data.hub``), or its files are wrong.
     """
-    metadata(name)
+    about = metadata(name)
     quiet_libraries()
     if name in PAPER:
         return stock.tasks(PAPER[name])
     from lm_eval.tasks import TaskManager  # seconds, which runs that only replay and figures do not wait for
 
-    return dict(TaskManager(include_path=str(known()[name].parent), include_defaults=False).load([name])["tasks"])
+    with stock.as_a_sentence(
+        f"benchmark {name!r} cannot be asked", f"put its task file {known()[name]} or its items right"
+    ):
+        built = dict(TaskManager(include_path=str(known()[name].parent), include_defaults=False).load([name])["tasks"])
+        for task in built.values() if _from_outside(name) else ():
+            _rehearse(about, task)
+    return built
+
+
+def _from_outside(name: str) -> bool:
+    """Whether it is a benchmark of another package, whose files nobody has tested here."""
+    return not known()[name].is_relative_to(HERE)
+
+
+def _rehearse(about: dict[str, Any], task: Any) -> None:
+    """Put every item into words and score an answer, as a run will.
+
+    Raises:
+        Exception: what does not work.
+    """
+    from lm_eval.utils import env
+
+    if task.OUTPUT_TYPE not in ("multiple_choice", "generate_until"):
+        raise ValueError(f"output_type is {task.OUTPUT_TYPE}; it must be multiple_choice or generate_until")
+    if about["metric"] not in task.aggregation() and about["metric"] not in about.get("keep", ()):
+        raise ValueError(f"metric {about['metric']} is none of the task's")
+    docs = list(task.eval_docs)
+    ids = [str(doc.get("id", number)) for number, doc in enumerate(docs)]
+    if not docs or len(set(ids)) < len(ids):
+        raise ValueError("there are no items, or two of one id")
+    with contextlib.redirect_stderr(io.StringIO()):
+        task.build_all_requests()
+    for number, doc in zip(ids, docs, strict=True):
+        env.from_string(about.get("reference") or "").render(**doc)
+        if task.OUTPUT_TYPE == "generate_until":
+            float(task.process_results(doc, [""])[about["metric"]])
+            continue
+        choices, target = task.doc_to_choice(doc), task.doc_to_target(doc)
+        right = target if isinstance(target, list) and target not in choices else [target]
+        places = [choices.index(one) if one in choices else one for one in right]
+        inside = all(isinstance(place, int) and 0 <= place < len(choices) for place in places)
+        if not all(isinstance(choice, str) for choice in choices) or not inside or not places:
+            raise ValueError(f"item {number}: choices {choices!r}, of which {target!r} is right")
 
 
 def find(name: str, num_fewshot: int | None = None) -> Asked:
@@ -160,11 +252,22 @@ def _located(file: str) -> Path:
 
 
 def items(file: str, **_: Any) -> Any:
-    """For a task's ``custom_dataset``: items of a JSONL file, ``<suite>/<name>.jsonl``, as the one split, ``test``."""
+    """For a task's ``custom_dataset``: items of a JSONL file, ``<suite>/<name>.jsonl``, as the one split, ``test``.
+
+    Raises:
+        KeditError: a line is no mapping in JSON, or lacks something that the first line has.
+    """
     import datasets
 
-    lines = _located(file).read_text(encoding="utf-8").splitlines()
-    return datasets.DatasetDict(test=datasets.Dataset.from_list([json.loads(line) for line in lines]))
+    records = []
+    for number, line in enumerate(_located(file).read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            records += [{**json.loads(line)}] if line.strip() else []
+            if lacking := [key for key in records[0] if records[-1].get(key) is None]:
+                raise ValueError(f"{lacking[0]} is missing")
+        except (LookupError, ValueError, TypeError, RecursionError) as error:
+            raise KeditError(f"{file}, line {number}: {error}.") from error
+    return datasets.DatasetDict(test=datasets.Dataset.from_list(records))
 
 
 def sources(name: str) -> list[str]:
@@ -176,10 +279,12 @@ def reach(name: str) -> None:
     """Ask within seconds whether a benchmark's data can be had.
 
     Raises:
-        KeditError: it cannot (``kedit.data.hub``).
+        KeditError: it cannot (``kedit.data.hub``), or the files of another package are wrong.
     """
     for source in sources(name):
         stock.located(source)
+    if _from_outside(name):
+        tasks(name)
 
 
 def draw(name: str, limit: int | None, asked: Asked | None = None) -> dict[str, list[int]]:

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,20 @@ from kedit.data import hub
 from kedit.store import cache_folder, digest
 
 log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def as_a_sentence(what: str, remedy: str) -> Iterator[None]:
+    """Within the block, whatever lm-eval, a library or a task's own code stumbles over is one sentence.
+
+    Raises:
+        KeditError: it stumbled.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise KeditError(f"{what} ({reason}); {remedy}.") from error
 
 
 def tasks(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,20 +42,15 @@ def tasks(about: Mapping[str, Any]) -> dict[str, Any]:
     import datasets
     import lm_eval.tasks
 
+    remedy = "put it into KEDIT_MIRROR as the hub has it, or unset that to use the hub"
     folder = Path(lm_eval.tasks.__file__).parent / about["folder"]
     index = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
     settings = about["settings"] | located(about["data"])
     datasets.disable_progress_bars()
     built = {}
     for name in about.get("tasks") or sorted(index.all_subtasks):
-        try:
+        with as_a_sentence(f"data set {about['data']} cannot be read", f"lm-eval's task {name} needs it: {remedy}"):
             built[name] = _task(index.task_index[name].yaml_path, settings)
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise KeditError(
-                f"data set {about['data']} cannot be read ({reason}); lm-eval's task {name} needs it: put it into "
-                "KEDIT_MIRROR as the hub has it, or unset that to use the hub."
-            ) from error
     return built
 
 
@@ -53,15 +62,13 @@ def loaded(name: str) -> dict[str, Any]:
     """
     from lm_eval.tasks import TaskManager
 
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.chdir(hub.mirror() or Path()):
-        try:
-            return dict(TaskManager().load([name])["tasks"])
-        except Exception as error:  # whatever a task's own code, or a library, stumbles over
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise KeditError(
-                f"benchmark {name!r} cannot be asked ({reason}); it must be one of kedit's or of lm-eval's (lm_eval ls "
-                "tasks), with its data on a hub within reach or in KEDIT_MIRROR."
-            ) from error
+    remedy = (
+        "it must be one of kedit's or of lm-eval's (lm_eval ls tasks), with its data on a hub within reach or in "
+        "KEDIT_MIRROR"
+    )
+    quiet, mirror = contextlib.redirect_stderr(io.StringIO()), contextlib.chdir(hub.mirror() or Path())
+    with as_a_sentence(f"benchmark {name!r} cannot be asked", remedy), quiet, mirror:
+        return dict(TaskManager().load([name])["tasks"])
 
 
 def _task(path: Path, settings: Mapping[str, Any]) -> Any:
