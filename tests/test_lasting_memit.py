@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field, replace
 
 import plain
@@ -10,14 +11,18 @@ import torch
 from conftest import CONTEXTS, HPARAMS, INNER, REQUEST
 from test_editors import bits, make, same
 
+import kedit
+from kedit import KeditError
+from kedit.data import facts
 from kedit.data.requests import EditRequest
-from kedit.editors import kind_of, make_hparams
+from kedit.editors import kind_of, make_hparams, nas, prune
 from kedit.editors.bounds import LATER, stated
 from kedit.editors.history import KeyMemory
 from kedit.editors.second_moments import SecondMoments
 from kedit.editors.value_search import Objective, search
 from kedit.model.forward import activations, lookup_text, lookup_texts
-from kedit.model.journal import Edit
+from kedit.model.journal import Edit, EditFailed
+from kedit.study import trajectory
 from kedit.study.params import Params
 
 FEW = [
@@ -321,3 +326,232 @@ def test_pmet_ends_early_too(llama, statistics):
         steps.append(make("pmet", llama, statistics, early=early, kl_factor=0.0625).apply(REQUEST).info["steps"])
         llama.journal.reset()
     assert steps[0] + 3 <= steps[1] < steps[2]
+
+
+# ENCORE -----------------------------------------------------------------------------------------------
+
+
+def test_encore_is_memit_with_its_switches_on(llama, statistics):
+    edits = []
+    for method in ("memit", "encore"):
+        hparams = ENCORE if method == "memit" else {key: ENCORE[key] for key in ENCORE if key != "history"}
+        editor = kedit.editor(method, llama, hparams=hparams, statistics=statistics(llama), contexts=CONTEXTS)
+        edits.append([updates(editor.apply(FEW[:2])), updates(editor.apply(FEW[2]))])
+        llama.journal.reset()
+    for one, other in zip(*edits, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+# NAS --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def anchored(llama, statistics, tmp_path, monkeypatch):
+    """NAS on a tiny model, its anchor taken over few facts; what the search found is in ``found``."""
+    monkeypatch.setenv("KEDIT_CACHE", str(tmp_path))
+
+    def made(method="nas", base="alphaedit", **changes):
+        hparams = HPARAMS[base] | {"sample": 4, "factor": None} | changes
+        editor = kedit.editor(method, llama, hparams=hparams, statistics=statistics(llama), contexts=CONTEXTS)
+        editor.prepare()
+        return editor
+
+    return made
+
+
+def output(lm, request, layer=2):
+    """What the MLP writes at the subject's last token of the bare prompt, by a hook of our own."""
+    seen, ids = [], [*lm.begin, *lm.encode(request.text)]
+    handle = lm.anatomy.down(layer).register_forward_hook(lambda _, __, output: seen.append(output[0, -1].double()))
+    lm.model(torch.tensor([ids]))
+    handle.remove()
+    return seen[0]
+
+
+def test_the_anchor_is_the_trimmed_mean_of_norms_of_values_of_the_train_split(llama, anchored, tmp_path):
+    editor = anchored(sample=12, trim=0.1, steps=3)
+    requests = nas.sampled("llama", editor.hparams)
+    train = set(facts.bundled("train"))
+    assert len(set(requests)) == 12
+    assert train.issuperset(requests)
+    norms = []
+    for request in requests:
+        texts = lookup_texts(llama, request, ["{}"])
+        objective = Objective(
+            llama, texts, lookup_text(llama, "{} is a", request.subject), editor.target_ids(request), 2
+        )
+        start = activations(llama, texts, [2], "block")[2][0]
+        delta = search(objective, start.double(), editor.hparams)[0]
+        norms.append((activations(llama, texts, [2], "value")[2][0].double() + delta).norm().item())
+    assert editor.anchor == pytest.approx(sum(sorted(norms)[:-1]) / 11, rel=1e-12)
+
+
+def test_an_anchor_is_measured_once_on_the_unedited_model_and_kept_sealed(llama, anchored, tmp_path, monkeypatch):
+    first = anchored()
+    first.apply(REQUEST)
+    again = anchored()  # on an edited model
+    assert again.anchor == first.anchor
+    (file,) = [path for path in (tmp_path / "anchors").rglob("*") if path.is_file()]
+    measured = nas.Anchored._norms
+    monkeypatch.setattr(nas.Anchored, "_norms", lambda *_: pytest.fail("measured again"))
+    assert anchored(trim=0.0, factor=3.0).anchor > 0  # what does not enter the search
+    monkeypatch.setattr(nas.Anchored, "_norms", measured)
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert anchored().anchor == first.anchor  # damaged, set aside and measured anew, without the edit
+    assert len(list(file.parent.glob("*.damaged"))) == 1
+    for changes in ({"steps": 7}, {"sample": 5}, {"seed": 1}, {"layers": [1]}, {"early": 1}):
+        count = len(list((tmp_path / "anchors").rglob("*")))
+        anchored(**changes)
+        assert len(list((tmp_path / "anchors").rglob("*"))) > count, changes
+
+
+def test_what_the_anchor_is_taken_over_is_in_the_key(llama, anchored, monkeypatch):
+    editor = anchored()
+    key = editor.key()
+    assert anchored().key() == key
+    assert anchored(seed=1).key()["sampled"] != key["sampled"]
+    monkeypatch.setattr(nas.facts, "load", lambda name, split: facts.bundled(split)[:9])
+    assert anchored().key()["sampled"] != key["sampled"]
+
+
+@pytest.mark.parametrize(("method", "base"), [("nas", "alphaedit"), ("nas-memit", "memit")])
+def test_an_anchored_value_has_the_anchors_norm_and_at_its_own_norm_the_bases_bits(
+    method, base, llama, statistics, anchored
+):
+    plain_edit = make(base, llama, statistics).apply(REQUEST)
+    llama.journal.reset()
+    editor, deltas = anchored(method, base), []
+    search_of = editor._search
+    editor._search = lambda *args: deltas.append(search_of(*args)) or deltas[-1]
+    before, start = (
+        output(llama, REQUEST),
+        activations(llama, [lookup_texts(llama, REQUEST, CONTEXTS)[0]], [2], "block")[2][0],
+    )
+    edit = editor.apply(REQUEST)
+    assert (before + deltas[0]).norm().item() == pytest.approx(editor.anchor, rel=1e-6)
+    assert edit.info["value_norm"] != pytest.approx(editor.anchor, rel=1e-3)
+    after = activations(llama, [lookup_texts(llama, REQUEST, CONTEXTS)[0]], [2], "block")[2][0].double()
+    left = (after - start.double() - deltas[0]).norm() / deltas[0].norm()
+    assert left.item() == pytest.approx(edit.info["left"], rel=1e-3)
+    llama.journal.reset()
+    editor.anchor = edit.info["value_norm"]
+    assert all(map(torch.equal, updates(editor.apply(REQUEST)), updates(plain_edit)))
+
+
+def test_an_edit_that_is_skipped_writes_nothing_and_the_others_of_its_turn_are_made(llama, anchored):
+    editor = anchored(factor=1.0)
+    sizes = {}
+    for request in FEW:
+        sizes[request.id] = editor.apply(request).info["value_norm"]
+        llama.journal.reset()
+    longest = max(sizes, key=sizes.get)
+    editor.anchor = sorted(sizes.values())[-2] + 1e-9  # of the three, one is longer
+    before = bits(llama)
+    (skipped,) = [request for request in FEW if request.id == longest]
+    edit = editor.apply(skipped)
+    assert edit.info["skipped"] is True
+    assert (edit.changes, edit.info["value_norm"]) == ([], sizes[longest])
+    assert same(llama, before)
+    llama.journal.reset()
+
+    edit = editor.apply(FEW)
+    assert [one.get("skipped", False) for one in edit.info["each"]] == [request.id == longest for request in FEW]
+    assert [change.right.shape[1] for change in edit.changes if change.module] == [2, 2]
+    assert len(editor.memory.entries) == 2
+    llama.journal.reset()
+    alone = editor.apply([request for request in FEW if request.id != longest])
+    assert all(map(torch.equal, updates(edit), updates(alone)))
+
+
+def test_without_a_fact_that_has_a_value_there_is_one_sentence(anchored, monkeypatch):
+    def none(*_):
+        raise EditFailed("the loss is nan at step 0")
+
+    monkeypatch.setattr(nas.locate_then_edit.LocateThenEdit, "_search", none)
+    with pytest.raises(KeditError, match="NAS found no value for any of 4 facts of the train split"):
+        anchored()
+
+
+def test_mixed_settings_are_those_of_the_method_beneath():
+    for kind, base in ((nas.NAS, "alphaedit"), (nas.NASOnMEMIT, "memit")):
+        theirs = make_hparams(kind_of(base), "x", {"layers": [1], **({"mom2_weight": 1.0} if base == "memit" else {})})
+        mine = make_hparams(kind, "x", {"layers": [1], **({"mom2_weight": 1.0} if base == "memit" else {})})
+        assert vars(theirs).items() <= vars(mine).items()
+
+
+# PRUNE ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [1.2, 2.718281828459045])
+def test_singular_values_above_the_largest_of_the_original_are_their_logarithm(alpha):
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(9, 6, generator=generator, dtype=torch.float64))
+    values, largest = torch.tensor([200.0, 50.0, 10.0, 9.99, 1.0, 0.0], dtype=torch.float64), 10.0
+    found = torch.linalg.svdvals(prune.restrained(left * values @ right.T, largest, alpha))
+    expected = [
+        math.log(each, alpha) - math.log(largest, alpha) + largest if each >= largest else each for each in values
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-9, atol=1e-9)
+    small = left * (values / 100) @ right.T
+    assert torch.equal(prune.restrained(small, largest, alpha), small)
+
+
+@pytest.mark.parametrize("onto", ["original", "edited"])
+def test_prune_shows_the_original_and_the_restrained_change_and_puts_the_edited_bits_back(lm, statistics, onto):
+    hparams = HPARAMS["memit"] | {"mom2_weight": 1e-6, "onto": onto, "alpha": 3.0}
+    editor = kedit.editor("prune", lm, hparams=hparams, statistics=statistics(lm), contexts=CONTEXTS)
+    before, unedited = plain.weights(lm, [1, 2]), bits(lm)
+    with editor.shown():
+        assert same(lm, unedited)
+    for request in FEW:
+        editor.apply(request)
+    edited, state, capped = plain.weights(lm, [1, 2]), bits(lm), 0
+    with editor.shown():
+        shown = plain.weights(lm, [1, 2])
+    assert same(lm, state)
+    for layer, old in before.items():
+        left, values, right = torch.linalg.svd(edited[layer] - old, full_matrices=False)
+        largest = torch.linalg.svdvals(old)[0]
+        over = values > largest
+        capped += int(over.sum())
+        values[over] = (values[over].log() - largest.log()) / math.log(3.0) + largest
+        change = left @ torch.diag(values) @ right
+        assert near(shown[layer], (old if onto == "original" else edited[layer]) + change, 1e-6)
+    assert capped
+    with pytest.raises(RuntimeError, match="within"), editor.shown():
+        raise RuntimeError("within")
+    assert same(lm, state)
+
+
+def test_what_is_restrained_is_asked_and_never_edited_on(tmp_path, monkeypatch):
+    """A checkpoint of a run shows the restrained model; the edits stored are MEMIT's, to the bit."""
+    monkeypatch.setenv("KEDIT_RUNS", str(tmp_path))
+    hparams = {"steps": 1}
+    values = {
+        "models": ["pico-0.1m"], "edits": [2], "benchmarks": ["pico_csqa"], "limit": 2,
+        "edit_set": {"name": "pico", "split": "edit"}, "statistics": {"text": "pico", "tokens": 4096},
+        "methods": [{"method": name, "variant": "v", "hparams": hparams} for name in ("memit", "prune")],
+    }  # fmt: skip
+    params, seen = Params.make("rq1", "x", values), []
+
+    class Seen(Exception):
+        pass
+
+    def ask(self, *_, **__):
+        lm = self.lm
+        seen.append((plain.weights(lm, [0])[0], [edit.to_bytes() for edit in lm.journal.edits]))
+        raise Seen
+
+    monkeypatch.setattr(trajectory.Examiner, "ask", ask)
+    monkeypatch.setattr(prune, "restrained", lambda change, *_: change / 2)
+    for position in (0, 1):
+        with pytest.raises(Seen):
+            trajectory.advance(params, "pico-0.1m", trajectory.Line(position, 0), 2, {"pico_csqa": ("ab", "cd")})
+    (edited, edits), (shown, others) = seen
+    original = plain.weights(kedit.load("pico-0.1m"), [0])[0]
+    assert near(shown - original, (edited - original) / 2, 1e-5)
+    for one, other in zip(edits, others, strict=True):
+        assert all(map(torch.equal, updates(Edit.from_bytes(one)), updates(Edit.from_bytes(other))))

@@ -72,6 +72,9 @@ def check_editor(kind: str | type[Editor], hparams: Mapping[str, Any] | None = N
             lm.journal.replay(edit)
         states, saved = [*states, _state(lm)], [*saved, edit.to_bytes()]
     assert (states[-1] == states[0]) != kind.edits, "an editor changes something"
+    with editor.shown():
+        pass
+    assert _state(lm) == states[-1], "what a checkpoint shows leaves the edited model alone"
     edit.undo()
     assert _state(lm) == states[-2], "an edit is undone to the bit"
     lm.journal.reset()

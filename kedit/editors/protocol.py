@@ -2,7 +2,8 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -166,6 +167,11 @@ class Editor(ABC):
                 raise EditFailed("no bit of the model changed")
             edit.info["seconds"] = time.perf_counter() - start
         return edit
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Within the block the model is as a checkpoint shows it, by default as it is edited; afterwards as before."""
+        yield
 
     def prompt_ids(self, request: EditRequest) -> list[int]:
         """Token ids of the prompt with its subject, begin token included."""

@@ -44,7 +44,8 @@ def single_edits(
         if (record := store.get_json(key)) is None:
             try:
                 edit = method.apply(request)
-                record = {"info": edit.info, "bytes": len(edit.to_bytes()), "after": measure(lm, [request])}
+                with method.shown():
+                    record = {"info": edit.info, "bytes": len(edit.to_bytes()), "after": measure(lm, [request])}
                 edit.undo()
             except EditFailed as error:
                 record = {"info": {"failed": str(error)}, "bytes": 0, "after": before}

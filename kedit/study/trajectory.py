@@ -149,9 +149,10 @@ def advance(params: Params, model: str, line: Line, count: int, keys: Mapping[st
             return False
         if mine or not edited:
             trajectory.advance(count)
-        for name, of in mine.items():
-            if store.get(of[0]) is None:  # it was looked for before it was claimed
-                _ask(params, trajectory, count, name, *of)
+        with trajectory.editor.shown():
+            for name, of in mine.items():
+                if store.get(of[0]) is None:  # it was looked for before it was claimed
+                    _ask(params, trajectory, count, name, *of)
     return len(mine) == len(lacking)
 
 
