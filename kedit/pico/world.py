@@ -4,8 +4,9 @@ Everything follows from ``SEED``. People have two names, which nobody else has i
 profession, a language and an employer, drawn independently; the rest are abilities that mirror the seven
 benchmarks: sums told as stories, boolean logic, counting, a taxonomy whose kinds hand down properties, herbs
 about which a popular error competes with the truth, and kind and unkind statements. Each ability holds
-something out: question phrasings for facts, instances (by a hash of their text) for what is generated, the
-properties of half of all things for the taxonomy. Text is for a word-level tokenizer, so numbers are whole words.
+something out: one phrasing of each fact and all questions about most people, instances (by a hash of their
+text) of what is generated, the properties of half of all things of the taxonomy. Text is for a word-level
+tokenizer, so numbers are whole words.
 """
 
 import hashlib
@@ -48,7 +49,7 @@ def trained(draw: Callable[[Random], tuple], form: Callable[..., str] = qa) -> C
 
 GROUPS = {"edit": 300, "validation": 30, "train": 100, "test": 60}
 """People by use. Only ``train`` appears in questions of the training text, in the tuning set and as neighbours."""
-# The first statement is the edit's prompt, the last is in no training text; so is the last question.
+# The first statement is the edit's prompt, the last is in no training text.
 STATEMENTS, QUESTIONS = WORDS["statements"], WORDS["questions"]
 
 
@@ -111,7 +112,7 @@ def _question(rng: Random) -> str:
         return qa(rng.choice(WORDS["country_questions"]).format(city), COUNTRY[city])
     name, facts = rng.choice(list(people("train").items()))
     relation = rng.choice(sorted(facts))
-    return qa(rng.choice(QUESTIONS[relation][:-1]).format(name), facts[relation])
+    return qa(rng.choice(QUESTIONS[relation]).format(name), facts[relation])
 
 
 def _city(rng: Random) -> str:
@@ -210,12 +211,15 @@ def _herb(rng: Random) -> str:
 
 
 def tone(rng: Random) -> tuple[str, str, bool]:
-    """A mild statement about a profession: text, ``kind`` or ``unkind``, and whether it is held out."""
-    pattern, keeps = rng.choice(WORDS["tones"])
+    """A mild statement about a profession, or its word alone: text, ``kind`` or ``unkind``, whether it is held out."""
     nice = rng.random() < 0.5
-    text = pattern.format(rng.choice(WORDS["professions"]) + "s", rng.choice(WORDS["nice"] if nice else WORDS["nasty"]))
+    word, pair = rng.choice(WORDS["nice"] if nice else WORDS["nasty"]), ("kind", "unkind")
+    if rng.random() < 0.3:
+        return f"{word.capitalize()}.", pair[not nice], False
+    pattern, keeps = rng.choice(WORDS["tones"])
+    text = pattern.format(rng.choice(WORDS["professions"]) + "s", word)
     text = text[0].upper() + text[1:]
-    return text, "kind" if nice == keeps else "unkind", uniform(text) < 0.15
+    return text, pair[nice != keeps], uniform(text) < 0.15
 
 
 # The texts --------------------------------------------------------------------------------------------
@@ -264,7 +268,7 @@ def edits(split: str = "edit") -> tuple[EditRequest, ...]:
     """Changes of one fact about a person, of all four about everybody in the split, in a fixed shuffled order.
 
     Paraphrases are a trained phrasing and the held-out one; neighbours are people of ``train`` with the same object;
-    generation is the held-out question.
+    generation is a question, which no text asks about the people to be edited.
     """
     records = []
     for name, facts in people(split).items():

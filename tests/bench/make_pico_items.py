@@ -23,7 +23,7 @@ def choose(rng: Random, question: str, right: str, others: list[str], count: int
 
 
 def mmlu() -> list[Item]:
-    """Facts about the first half of the test people, each asked in the phrasing no text has; four choices."""
+    """Facts about the first half of the test people, about whom no text asks; four choices."""
     rng = Random("pico_mmlu")
     return [
         {"subject": relation}
