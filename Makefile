@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion all list plan figures report verify publish tables bench bench-gpu tune pico faults licences test test-fast lint pytest nbval lab gemma clean
+.PHONY: help rq1 rq2 rq3 rq4 rq5 discussion audit all list plan figures report verify publish tables bench bench-gpu tune pico faults licences test test-fast lint pytest nbval lab gemma clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -49,11 +49,12 @@ rq3: ## are larger models more robust?  PARAMS=pico | pythia
 rq4: ## are all abilities hit alike?  PARAMS=smollm2-135m | llama2-7b
 rq5: ## is an edited model still safe?  PARAMS=smollm2-135m | ...
 discussion: ## what breaks inside, and what breaks first?
+audit: ## which published curves survive, and which editor to use?  PARAMS=pico | smollm2-135m | reference
 # Without PARAMS: the question's default, which stands in kedit/analysis/questions.py.
-rq1 rq2 rq3 rq4 rq5 discussion: $(READY)
+rq1 rq2 rq3 rq4 rq5 discussion audit: $(READY)
 	$(PY) -m kedit reproduce $@ $(PARAMS) $(KEYS) $(if $(WORKERS),--workers $(WORKERS)) $(if $(DASK),--dask $(DASK))
 
-all: rq1 rq2 rq3 rq4 rq5 discussion ## every question's default run
+all: rq1 rq2 rq3 rq4 rq5 discussion audit ## every question's default run
 
 list: $(READY) ## the parameter files
 	@$(PY) -m kedit list
@@ -111,8 +112,9 @@ lint: $(READY)
 pytest: $(READY)
 	$(PY) -m pytest
 
+# The audit has no committed run yet: leave its exception out once it has.
 nbval: $(READY) ## re-run the notebooks from the committed cells and compare their outputs
-	$(PY) -m pytest --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-current-env -p no:cacheprovider
+	$(PY) -m pytest --nbval notebooks --ignore=notebooks/audit.ipynb --nbval-sanitize-with tests/nbval.cfg --nbval-current-env -p no:cacheprovider
 
 lab: $(READY) ## open JupyterLab, here
 	$(PY) -m jupyterlab --allow-root

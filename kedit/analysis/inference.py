@@ -369,6 +369,11 @@ def kept(abilities: Sequence[Ability], at: int = -1) -> Estimate:
     return _estimate(part := _parts(mean(abilities), at), [part], 1.0)
 
 
+def apart(one: Sequence[Ability], other: Sequence[Ability], at: int = -1) -> Estimate:
+    """Mean share kept over some abilities less that over the same under another method; items and orders paired."""
+    return _estimate(part := _parts([*mean(one), *mean(other, -1.0)], at), [part], 0.0)
+
+
 def mean(group: Sequence[Ability], weight: float = 1.0) -> Terms:
     """The mean of some abilities, times a weight, as terms of a sum."""
     return [(weight / len(group), ability) for ability in group]

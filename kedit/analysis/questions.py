@@ -33,5 +33,6 @@ QUESTIONS = {
     "rq4": Question("rq4_ability_aspects", "smollm2-135m", "kedit.analysis.plots:rq4"),
     "rq5": Question("rq5_safety", "smollm2-135m", "kedit.analysis.plots:rq5"),
     "discussion": Question("structure_damage", "smollm2-135m", "kedit.analysis.plots:discussion"),
+    "audit": Question("audit", "pico", "kedit.analysis.audit:figures"),
 }
 """Folder of parameters and figures -> the question."""
