@@ -47,6 +47,9 @@ EDITORS = {
     "grace": "kedit.editors.grace:GRACE",
     "serac": "kedit.editors.serac:SERAC",
     "ike": "kedit.editors.ike:IKE",
+    "rag": "kedit.editors.rag:RAG",
+    "ultraedit": "kedit.editors.ultraedit:UltraEdit",
+    "locft": "kedit.editors.locft:LocFT",
 }
 
 
