@@ -2,10 +2,11 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
-from conftest import CONTEXTS, HPARAMS, build
+from conftest import CONTEXTS, HPARAMS, LASTING, build
 from hypothesis import given
 from hypothesis import strategies as st
 from injected import cases, judged
@@ -13,7 +14,7 @@ from injected import cases, judged
 import kedit
 from kedit.data.facts import bundled, bundled_zsre
 from kedit.data.requests import EditRequest
-from kedit.editors import EDITORS, ike, mend, serac
+from kedit.editors import EDITORS, kind_of
 from kedit.editors.retrieval import Encoder
 from kedit.editors.second_moments import SecondMoments
 from kedit.evaluation.success import measure, outcomes
@@ -21,11 +22,14 @@ from kedit.model.journal import EditFailed
 from kedit.model.lm import LM
 
 SETTINGS = {
-    **{method: {**hparams, "points" if method == "kn" else "steps": 3} for method, hparams in HPARAMS.items()},
+    **{method: {**given, "points" if method == "kn" else "steps": 3} for method, given in (HPARAMS | LASTING).items()},
     "control": {},
     "mend": {"layers": [2, 3], "rank": 4, "steps": 1, "accumulate": 1, "validate": 1},
     "serac": {"steps": 0},
     "ike": {"k": 8},
+    "rag": {},
+    "ultraedit": {"layers": [2], "lr": 1e-3, "warmup": 12},
+    "locft": {"layer": 2, "epochs": 3, "lr": 0.05},
 }
 FEW = {split: bundled(split)[:24] for split in ("train", "validation")}
 
@@ -36,11 +40,14 @@ def small(tmp_path_factory):
     encoder = Encoder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for module in (serac, ike):
-            patch.setattr(module, "Encoder", lambda device: encoder)
-        for module in (serac, ike, mend):
-            patch.setattr(module, "bundled", FEW.get)
-        patch.setattr(serac, "bundled_zsre", lambda split: bundled_zsre(split)[:24])
+        instead = {
+            "Encoder": lambda device: encoder,
+            "bundled": FEW.get,
+            "bundled_zsre": lambda split: bundled_zsre(split)[:24],
+        }
+        for module in {sys.modules[kind_of(method).__module__] for method in EDITORS}:
+            for name in instead.keys() & vars(module).keys():
+                patch.setattr(module, name, instead[name])
         yield
 
 
