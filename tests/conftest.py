@@ -102,6 +102,14 @@ HPARAMS = {
 }
 """Settings under which every method reaches its target on every tiny model (KN need not)."""
 
+LASTING = {
+    "encore": HPARAMS["memit"] | {"ridge": 1e-4},
+    "nas": HPARAMS["alphaedit"] | {"sample": 2, "factor": None},
+    "nas-memit": HPARAMS["memit"] | {"sample": 2, "factor": None},
+    "prune": HPARAMS["memit"],
+}
+"""The same of methods that stand on these."""
+
 
 @pytest.fixture(scope="session")
 def smollm2():

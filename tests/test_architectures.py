@@ -10,7 +10,7 @@ import re
 import plain
 import pytest
 import torch
-from conftest import HPARAMS, INNER, LAYERS, WIDTH
+from conftest import HPARAMS, INNER, LASTING, LAYERS, WIDTH
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import kedit
@@ -65,8 +65,9 @@ NAMES = dict(zip(FAMILIES, [
 INSIDE = ("granite", "olmo2", "gemma2", "gemma3_text")
 """Where what an MLP writes does not arrive in the residual stream as it is."""
 REQUEST = EditRequest("The capital city of {}", "France", " Rome", "Paris")
-SETTINGS = HPARAMS | {
+SETTINGS = HPARAMS | LASTING | {
     "alphaedit": HPARAMS["alphaedit"] | {"nullspace_threshold": 2.0},
+    "nas": LASTING["nas"] | {"nullspace_threshold": 2.0},
     "mend": {"layers": [1, 2], "rank": 8, "steps": 1, "accumulate": 2},
     "serac": {"steps": 1, "batch": 1, "scope_batch": 4},
     "ike": {"k": 8},
@@ -146,6 +147,25 @@ def promised_by_pmet(lm, editor):
     assert (values[-1] - values[0] - found[0]).norm() < 0.01 * found[0].norm()
 
 
+def promised_by_anchor(lm, editor):
+    """NAS: the state that the value of the anchor's norm makes, by the model's own forward."""
+    last, texts = editor.hparams.layers[-1], [torch.tensor([editor.prompt_ids(REQUEST)])]
+    deltas, states, search = [], [], editor._search
+    editor._search = lambda *args: deltas.append(search(*args)) or deltas[-1]
+    site = lm.anatomy.blocks[last] if lm.anatomy.direct[last] else lm.anatomy.down(last)
+    with capture(lm, {0: site}, inputs=False) as seen:
+        lm.model(*texts)
+        states.append(seen[0][0, -1].double())
+        info = editor.apply(REQUEST).info
+        lm.model(*texts)
+        states.append(seen[0][0, -1].double())
+    assert info["value_norm"] > 0
+    if lm.anatomy.direct[last]:
+        assert (states[1] - states[0] - deltas[0]).norm() < 0.01 * deltas[0].norm()
+    else:
+        assert states[1].norm().item() == pytest.approx(editor.anchor, rel=0.01)
+
+
 def promised_by_kn(lm, editor):
     """Attributions are those of integrating through the whole model; the columns of the chosen neurons move."""
     ids = editor.prompt_ids(REQUEST)
@@ -196,6 +216,7 @@ def promised_by_memory(lm, editor):
 
 
 PROMISES = {
+    "nas": promised_by_anchor, "nas-memit": promised_by_anchor,
     "pmet": promised_by_pmet, "kn": promised_by_kn, "mend": promised_by_mend, "grace": promised_by_grace,
     "serac": promised_by_memory, "ike": promised_by_memory,
 }  # fmt: skip

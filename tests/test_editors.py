@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONTEXTS, HPARAMS, REQUEST, build
+from conftest import CONTEXTS, HPARAMS, LASTING, REQUEST, build
 
 import kedit
 from kedit import KeditError
@@ -99,7 +99,7 @@ def test_every_editor_keeps_the_protocol(method, tmp_path, monkeypatch):
     for module in (mend, serac, ike):  # few facts to train on and to show
         monkeypatch.setattr(module, "bundled", lambda split: bundled(split)[:24])
     monkeypatch.setattr(serac, "bundled_zsre", lambda split: bundled_zsre(split)[:24])
-    kedit.check_editor(method, {**HPARAMS, **TRAINED}.get(method))
+    kedit.check_editor(method, {**HPARAMS, **LASTING, **TRAINED}.get(method))
 
 
 class Reckless(Editor):

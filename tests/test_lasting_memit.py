@@ -13,6 +13,7 @@ from test_editors import bits, make, same
 
 import kedit
 from kedit import KeditError
+from kedit.analysis import tables
 from kedit.data import facts
 from kedit.data.requests import EditRequest
 from kedit.editors import kind_of, make_hparams, nas, prune
@@ -24,6 +25,7 @@ from kedit.model.forward import activations, lookup_text, lookup_texts
 from kedit.model.journal import Edit, EditFailed
 from kedit.study import trajectory
 from kedit.study.params import Params
+from kedit.study.results import EditRecord, Results
 
 FEW = [
     EditRequest("The capital city of {}", subject, "Rome", "Paris", id=subject)
@@ -555,3 +557,15 @@ def test_what_is_restrained_is_asked_and_never_edited_on(tmp_path, monkeypatch):
     assert near(shown - original, (edited - original) / 2, 1e-5)
     for one, other in zip(edits, others, strict=True):
         assert all(map(torch.equal, updates(Edit.from_bytes(one)), updates(Edit.from_bytes(other))))
+
+
+def test_edits_that_were_skipped_are_counted_in_the_table_of_journals_where_there_are_any():
+    def table(*infos):
+        edits = [EditRecord("m", "nas", "default", 0, n, str(n), 100, info) for n, info in enumerate(infos, 1)]
+        return tables.journal_table(Results(None, [], edits, {}, "run"))
+
+    made = {"steps": 3, "relative_change": [0.1], "value_norm": 2.0}
+    assert "skipped" not in table(made, made)
+    assert table(made, {"steps": 3, "value_norm": 9.0, "skipped": True}, made).loc[
+        "NAS", ["edits", "failed", "skipped"]
+    ].tolist() == [3, 0, 1]

@@ -56,7 +56,7 @@ def test_every_parameter_file_has_a_plan(path, monkeypatch, tmp_path):
         assert bool(gated) == plan.KNOWN.get(model, {}).get("gated", False)
 
 
-@pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "alphaedit", "pmet", "kn", "mend", "ft-l", "ft-m",
+@pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "alphaedit", "encore", "nas", "nas-memit", "prune", "pmet", "kn", "mend", "ft-l", "ft-m",
                                     "grace", "serac", "ike"])  # fmt: skip
 @pytest.mark.parametrize("model", plan.KNOWN)
 def test_every_method_has_hyper_parameters_for_every_known_model(method, model):

@@ -68,7 +68,7 @@ def journal_table(results: Results) -> pd.DataFrame:
         for own in edit.info.get("each", [{}] * len(edit.requests))
     ]
     edits = pd.DataFrame(edits)
-    edits = edits.reindex(columns=["method", "bytes", "failed", "steps", "relative_change", "amplification"])
+    edits = edits.reindex(columns=["method", "bytes", "failed", "skipped", "steps", "relative_change", "amplification"])
     edits["relative_change"] = edits.relative_change.map(lambda each: max(each) if isinstance(each, list) else each)
     columns = {
         "edits": ("method", "size"),
@@ -79,6 +79,8 @@ def journal_table(results: Results) -> pd.DataFrame:
         "largest amplification": ("amplification", "max"),
         "bytes an edit": ("bytes", "median"),
     }
+    if edits.skipped.notna().any():
+        columns["skipped"] = ("skipped", "count")
     table = edits.groupby("method", sort=False).agg(**columns).astype({"bytes an edit": int})
     table = table.round(dict.fromkeys(columns, 2) | {"median |dW|/|W|": 3})
     return table.astype(object).where(table.notna(), "-")
