@@ -68,7 +68,6 @@ def test_every_figure_of_a_notebook_says_in_words_what_it_shows(path):
     notebook = json.loads(path.read_text())
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert figures
     for figure in figures:
         said = "".join(figure["data"]["text/plain"])
         assert figure["metadata"]["image/png"]["alt"] == said

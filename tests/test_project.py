@@ -14,7 +14,7 @@ import torch
 
 import kedit
 from kedit.__main__ import main
-from kedit.analysis import report, scores
+from kedit.analysis import claims, report, scores
 from kedit.analysis.questions import QUESTIONS
 from kedit.study.notebook import folder_of
 from kedit.study.params import Params
@@ -121,17 +121,28 @@ def test_a_run_cannot_be_its_own_reference(wrong, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_the_report_holds_every_question_and_fetches_nothing(tmp_path):
+def test_the_report_holds_every_question_fetches_nothing_and_every_link_leads_somewhere(tmp_path):
     index, *pages = report.html(tmp_path)
-    assert [page.stem for page in pages] == [question.notebook for question in QUESTIONS.values()]
+    assert [page.stem for page in pages] == [*(question.notebook for question in QUESTIONS.values()), "one_edit"]
+    for page in (index, *pages):
+        text = page.read_text()
+        assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", text)
+        links = [link for link in re.findall(r'href="([^"#]+)', text) if not link.startswith(("http", "data:"))]
+        assert not [link for link in links if not (tmp_path / link).is_file()]
+        assert links or page != index
+        assert all(re.findall(r'<img [^>]*?alt="([^"]*)"', text))
+        assert report.UNSAID not in text
     text = index.read_text()
-    for page in pages:
-        assert f'href="{page.name}"' in text
-        assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", page.read_text())
-    assert len(re.findall(r"<td>(supported|not supported|mixed|undecided)</td>", text)) >= len(pages)
+    assert all(f'href="{page.name}"' in text for page in pages)
+    assert all(f">make {rq}</code>" in text for rq in claims.WHAT)
+    assert "Should I edit?" in text
+    assert (
+        len(re.findall(r"<td>-?\d\.\d\d \[[^<]+\]</td>", text)) >= 4 * 7
+    )  # of seven methods, what one gets and what it costs
     alts = re.findall(r'<img [^>]*alt="([^"]+)"', text)
-    assert len(alts) == len(pages)
+    assert len(alts) >= len(claims.WHAT)
     assert all(re.search(r"[.] *$", alt) for alt in alts)
+    assert text.count("<figcaption>") == len(alts)
 
 
 @pytest.mark.slow

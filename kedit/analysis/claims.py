@@ -26,7 +26,7 @@ WHAT = {
     "rq5": "kept (1: all of it), or change (0: none)",
     "discussion": "rank correlation with ability kept, within methods",
 }
-"""What the numbers beside a question's verdicts are."""
+"""What the numbers beside a question's verdicts are, of the questions that have verdicts."""
 Found = list[tuple[Verdict, pd.DataFrame]]
 """Verdicts, each with its lines: ``label``, ``scale`` as printed, ``value``, and ``text`` with the interval."""
 
@@ -76,7 +76,8 @@ def committed() -> dict[tuple[str, str], tuple[Results, Found]]:
     That is the reference, where it is there, or else the default.
     """
     runs = {}
-    for rq, question in QUESTIONS.items():
+    for rq in WHAT:
+        question = QUESTIONS[rq]
         names = {path.parent.name for path in (kedit.ROOT / "figures" / rq).glob("*/cells.jsonl.gz")} - {"smoke"}
         for name in sorted(names, key=lambda name: (name != "reference", name != question.default, name)):
             results = Results.load(params := Params.find(rq, name), folder_of(params, "committed"))
@@ -115,11 +116,12 @@ def answers() -> pd.DataFrame:
     rows = {}
     for (rq, _), (results, said) in committed().items():
         words = [verdict.word for verdict, _ in said]
-        hedges = [verdict.hedge.partition(";")[0] for verdict, _ in said if verdict.hedge]
+        orders, hedged = len(results.params.orders), any(verdict.hedge for verdict, _ in said)
         counted = ", ".join(
             f"{word} ({words.count(word)})" if len(words) > 1 else word for word in dict.fromkeys(words)
         )
-        reason = hedges[0] if hedges else said[0][0].because.partition(". ")[0].rstrip(".")
+        few = f"Only {orders} order{'s' * (orders > 1)} of edits"
+        reason = few if hedged else said[0][0].because.partition(". ")[0].rstrip(".")
         measured = "; ".join(filter(None, (_range(lines) for _, lines in said)))
         row = {
             "question": f"[{title(rq)}](notebooks/{QUESTIONS[rq].notebook}.ipynb)",

@@ -1,14 +1,14 @@
 """From results to the files under figures/, and to one page."""
 
+import re
 from collections.abc import Iterable
 from html import escape
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import kedit
 from kedit import KeditError
-from kedit.analysis import scores
+from kedit.analysis import claims, scores
 from kedit.analysis.plots import Picture
 from kedit.analysis.questions import QUESTIONS
 from kedit.store import write_atomic
@@ -104,37 +104,63 @@ def differences(fresh: Results, committed: Results, tolerance: float = 0.03) -> 
 # The report ---------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).with_name("report.html")
-SECTION = """<section><h2><a href="{link}">{title}</a></h2>
-<a href="{link}"><img src="data:image/png;base64,{figure}" alt="{alt}"></a>
-{verdict}</section>
+UNSAID = "No description has been provided for this image"
+FIGURE = """<figure id="{rq}"><h2><a href="{link}">{title}</a></h2>
+<a href="{link}"><img src="data:image/png;base64,{figure}" alt="{alt}"></a><figcaption>{caption}</figcaption></figure>
 """
 
 
 def html(folder: Path) -> list[Path]:
-    """Render the committed notebooks, and a page with every question's figure, alt text and verdict side by side.
+    """Render the committed notebooks, and a page to hand on: the decision, a table of answers, every question's figure.
 
     Returns:
-        the files made, the page first. Nothing in them is fetched from elsewhere.
+        the files made, the page first. Nothing in them is fetched from elsewhere, and every link leads into the folder.
     """
     import nbformat
     from nbconvert import HTMLExporter
+    from nbconvert.filters import markdown2html
 
     exporter = HTMLExporter(mathjax_url="", require_js_url="")
-    made, sections = [], []
-    for stem in (question.notebook for question in QUESTIONS.values()):
+    exporter.log.setLevel("ERROR")
+    made, drawn = [], []
+    stems = {question.notebook: rq for rq, question in QUESTIONS.items()}
+    for stem in (*stems, "one_edit"):
         notebook = nbformat.read(kedit.ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
         title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
         page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
+        pictures = _shown(notebook.cells, "image/png")
+        for _, alt in pictures:  # which this template of nbconvert's does not take from the notebook
+            page = page.replace(UNSAID, escape(alt), 1)
         made.append(folder / f"{stem}.html")
-        write_atomic(made[-1], page.encode())
-        figure, alt = _shown(notebook.cells, "image/png")[0]
-        after = next(i for i, cell in enumerate(notebook.cells) if "## Verdict" in cell.source)
-        tables = takewhile(lambda cell: cell.cell_type == "code", notebook.cells[after + 1 :])
-        verdict = "".join(table for table, _ in _shown(tables, "text/html"))
-        about = {"figure": figure.strip(), "alt": escape(alt), "verdict": verdict}
-        sections.append(SECTION.format(link=made[-1].name, title=escape(title), **about))
-    write_atomic(folder / "index.html", PAGE.read_text().replace("SECTIONS", "".join(sections)).encode())
+        write_atomic(made[-1], _linked(page, folder).encode())
+        if stem in stems and pictures:
+            figure, alt = pictures[0]
+            read = next((cell.source for cell in notebook.cells if cell.source.startswith("*How to read it.*")), "")
+            caption = markdown2html(read.partition("\n\n")[0]) + f"<p>{escape(alt)}</p>"
+            about = {"rq": stems[stem], "link": made[-1].name, "title": escape(title), "alt": escape(alt)}
+            drawn.append(FIGURE.format(figure=figure.strip(), caption=caption, **about))
+    parts = {"DECISION": claims.decision(), "ANSWERS": claims.markdown(claims.answers())}
+    page = PAGE.read_text().replace("FIGURES", "".join(drawn))
+    for name, text in parts.items():
+        page = page.replace(name, _linked(markdown2html(text).replace('href="notebooks/', 'href="'), folder))
+    write_atomic(folder / "index.html", page.encode())
     return [folder / "index.html", *made]
+
+
+def _linked(page: str, folder: Path) -> str:
+    """A page whose links to notebooks lead to their HTML, others to what is copied beside it; folders go unlinked."""
+
+    def target(match: re.Match[str]) -> str:
+        path = (kedit.ROOT / "notebooks" / match[1]).resolve()
+        if path.suffix == ".ipynb":
+            return f'href="{path.stem}.html"'
+        if not path.is_file():
+            return ""
+        copied = path.relative_to(kedit.ROOT)
+        write_atomic(folder / copied, path.read_bytes())
+        return f'href="{copied.as_posix()}"'
+
+    return re.sub(r'href="(?!https?:|#|data:)([^"#]+)"', target, page)
 
 
 def _shown(cells: Iterable[Any], kind: str) -> list[tuple[str, str]]:
