@@ -63,7 +63,13 @@ def log_to_stderr() -> None:
 
 def _become_worker() -> None:
     import torch
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as of_transformers
 
+    quiet = are_progress_bars_disabled()
+    of_transformers.disable_progress_bar()  # it would draw into the run's
+    if not quiet:  # those of downloads stay
+        enable_progress_bars()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads())
     log_to_stderr()

@@ -8,10 +8,12 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
+from jupyter_server.services.contents.filemanager import FileContentsManager
 from packaging.requirements import Requirement
 
 import kedit
@@ -19,6 +21,8 @@ from kedit import KeditError
 from kedit.model import lm as models
 from kedit.study import plan
 from kedit.study.params import Params
+from kedit.study.run import Progress, Unit, planned, units
+from kedit.study.trajectory import Line
 
 PROJECT = tomllib.loads((kedit.ROOT / "pyproject.toml").read_text())["project"]
 TOOLS = {"pytest", "hypothesis", "nbval", "ruff", "setuptools", "jupyterlab"}  # of whoever develops or reads notebooks
@@ -193,6 +197,61 @@ def test_terms_of_a_model_are_told_before_a_run(caplog):
     caplog.clear()
     plan.check(Params.find("rq1", "smoke"))
     assert "Terms" not in caplog.text
+
+
+# What a run shows ---------------------------------------------------------------------------------
+
+
+def unit(method, count, benchmark=None):
+    where = {"method": method} | ({"benchmark": benchmark} if benchmark else {})
+    return Unit("key", where, Line(0, 0), count, "unedited" if benchmark else "")
+
+
+def test_the_time_left_is_of_each_kind_of_work_and_says_what_it_leaves_out(capsys):
+    progress = Progress(Counter({"edit by rome": 3, "edit by kn": 1, "slow": 2, "quick": 2}), workers=2)
+    progress.done(unit("rome", 1), 10.0)
+    progress.done(unit("rome", 2))  # which the store had
+    progress.done(unit("rome", 1, "slow"), 120.0)
+    progress.done(unit("rome", 1, "quick"), 4.0)
+    assert progress.time_left() == "01:07 left and what edit by kn will take"  # (10 + 120 + 4) / 2
+    progress.done(unit("kn", 1), 6.0)
+    assert progress.time_left() == "01:07 left"
+    progress.bar.refresh()
+    shown = capsys.readouterr().err.rpartition("\r")[2]
+    assert shown.startswith(" 62%|")
+    assert shown.endswith("| 5/8 kn 1; 01:07 left")
+
+
+def test_what_is_planned_is_what_is_counted():
+    for name in ("smollm2-135m", "gemma3-270m"):
+        params = Params.find("rq1", name)
+        wanted = units(
+            params,
+            "any",
+            {
+                Line(p, o): dict.fromkeys(range(max(params.edits) + 1), "")
+                for p in range(len(params.methods))
+                for o in params.orders
+            },
+        )
+        assert Counter(each.kind for each in wanted) == planned(params)
+
+
+# Jupyter ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((kedit.ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_that_is_opened_and_saved_is_the_same_file(path, tmp_path):
+    """By what JupyterLab reads and writes with."""
+    manager = FileContentsManager(root_dir=str(tmp_path))
+    shutil.copy(path, tmp_path)
+    content = manager.get(path.name, content=True, type="notebook")["content"]
+    manager.save({"type": "notebook", "format": "json", "content": content}, path.name)
+    assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_jupyterlab_opens_at_the_root_for_root_too(tmp_path):
+    assert "-m jupyterlab --allow-root\n" in make(tmp_path / "venv", "lab")
 
 
 # Conda and Binder ---------------------------------------------------------------------------------

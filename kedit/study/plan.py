@@ -308,7 +308,7 @@ def _line(name: str, seconds: Sequence[float], sizes: Sequence[int]) -> str:
 def plan(params: Params) -> str:
     """The whole answer as text, a line a fact."""
     counts, shapes = planned(params), {model: shape_of(model) for model in params.models}
-    cells, most = counts.pop("cell"), max(params.edits)
+    cells, most = sum(counts[name] for name in params.asked), max(params.edits)
     paths = len(params.models) * len(params.methods) * len(params.orders)
     table = [row for model, shape in shapes.items() if shape for row in rows(params, model, shape)]
     unknown = [model for model, shape in shapes.items() if shape is None]

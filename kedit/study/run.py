@@ -10,7 +10,7 @@ import json
 import logging
 import platform
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -63,8 +63,8 @@ class Unit:
 
     @property
     def kind(self) -> str:
-        """What is timed together: cells, or the edits by one method."""
-        return "cell" if self.is_cell else f"edit by {self.where['method']}"
+        """What is timed together: the cells of one benchmark, or the edits by one method."""
+        return self.where["benchmark"] if self.is_cell else f"edit by {self.where['method']}"
 
     def __str__(self) -> str:
         checkpoint = f"{self.where['method'] or 'unedited'} {self.count}"
@@ -123,11 +123,10 @@ def _cell_key(params: Params, benchmark: str, state: str, requests: Sequence, te
 
 
 def planned(params: Params) -> Counter[str]:
-    """How many steps by each method, and how many cells, a run has."""
+    """How many cells of each benchmark, and how many steps by each method, a run has."""
     models, orders = len(params.models), len(params.orders)
     checkpoints = len(params.methods) * orders * (len(params.edits) - 1)
-    unedited = sum(orders if name in OF_EDITS else 1 for name in params.asked)
-    counts = Counter(cell=models * (checkpoints * len(params.asked) + unedited))
+    counts = Counter({name: models * (checkpoints + (orders if name in OF_EDITS else 1)) for name in params.asked})
     for method in params.methods:
         counts[f"edit by {method.method}"] += (len(params.steps(method)) - 1) * orders * models
     return counts
@@ -137,23 +136,28 @@ def planned(params: Params) -> Counter[str]:
 
 
 class Progress:
-    """A bar over edits and cells with the time left, each kind of work timed on its own."""
+    """A bar over edits and cells with the time left: each kind of work at what it took on average so far."""
 
     def __init__(self, counts: Counter[str], workers: int):
         self.left, self.workers = counts, workers
-        self.recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
-        self.bar = tqdm(total=counts.total(), unit="", bar_format="{l_bar}{bar}| {n}/{total} {postfix}")
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        # the text stands last; as a postfix it would begin with a comma
+        self.bar = tqdm(total=counts.total(), bar_format="{percentage:3.0f}%|{bar}| {n}/{total} {desc}")
 
     def done(self, unit: Unit, seconds: float | None = None) -> None:
         """Count one unit, which took so many seconds unless the store had it."""
         self.left[unit.kind] -= 1
         if seconds is not None:
-            self.recent[unit.kind].append(seconds)
-        each = {kind: fmean(recent) for kind, recent in self.recent.items()}
-        typical = fmean(each.values()) if each else 0.0  # of work not begun yet
-        left = sum(count * each.get(kind, typical) for kind, count in self.left.items()) / self.workers
-        self.bar.set_postfix_str(f"{unit}, {tqdm.format_interval(left)} left", refresh=False)
+            self.seconds[unit.kind].append(seconds)
+        self.bar.set_description_str(f"{unit}; {self.time_left()}", refresh=False)
         self.bar.update()
+
+    def time_left(self) -> str:
+        """In words: what is known of it, and the kinds of work that were not timed yet."""
+        each = {kind: fmean(taken) for kind, taken in self.seconds.items()}
+        left = tqdm.format_interval(sum(count * each.get(kind, 0) for kind, count in self.left.items()) / self.workers)
+        untimed = [kind for kind, count in self.left.items() if count and kind not in each]
+        return f"{left} left and what {', '.join(untimed)} will take" if untimed else f"{left} left"
 
     def look(self, pending: dict[str, Unit], store: Store) -> None:
         """Count every pending unit that the store has by now."""
