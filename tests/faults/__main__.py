@@ -21,7 +21,23 @@ Injected by `make faults` into tiny runs of every phase (`tiny.py`) and into eve
 that says what to do, with nothing half-written, no process left and no finished work done again. It is *lost or wrong*
 if it ends in other results, a traceback, or a run that cannot go on. Two cores; `make test` injects a sample.
 
-That a notebook runs what its parameter file says is `tests/test_notebooks.py`.
+Where each promise is tested, here or in `tests/`:
+
+| promise | tests |
+| --- | --- |
+| a run is compared with what is committed, never with itself | `test_project.py`: its own reference |
+| no derived file is believed that is damaged or another's | `test_damage_files.py`, `test_store.py`, `test_keys.py` |
+| weights that are missing, left over or not finite are refused | `test_models.py`: a checkpoint that does not fill the model |
+| whatever changes a result changes its key | `test_keys.py` |
+| an edit that changes nothing or is not finite fails, is counted and shown | `test_editors.py`, `test_inputs_shown.py` |
+| a notebook runs what its parameter file says | `test_notebooks.py` |
+| what is damaged is computed again | `test_resume.py`, `test_damage_files.py` |
+| runs at once share the work; folders and addresses mean what they say | `test_together.py`, `test_resume.py`, `test_store.py` |
+| a disk that refuses is one sentence, and the run goes on | `test_disk.py`, `test_resume.py`, `test_store.py` |
+| variants, floors and windows crash nothing | `test_inputs_shown.py`, `test_inputs_params.py`, `test_inputs_edits.py` |
+| wrong files are one sentence, exit code 2, and nothing is written | `test_inputs_*.py` |
+| a stop is one line | `test_inputs_shown.py`, `test_kills.py`, `test_whole.py` |
+| nothing of the machine is written, no port is opened | `test_security.py`, `test_whole.py` |
 
 """
 

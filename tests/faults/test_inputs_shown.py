@@ -4,10 +4,14 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+from injected import judged
 from record import record
+from synthetic import ABILITIES, both
 
+from kedit.analysis import inference, plots, tables
 from kedit.study import notebook
 from kedit.study.params import Params
 from kedit.study.results import EditRecord, Results
@@ -23,6 +27,26 @@ def test_a_notebook_tells_how_many_edits_failed(monkeypatch, caplog):
     assert notebook.open_run("rq1", cell) is found
     assert "2 of 3 edits failed and changed nothing: rome 2" in caplog.text
     record("failed edits are told")
+
+
+@pytest.mark.parametrize("rq", ["rq1", "rq2", "rq3", "rq4"])
+@pytest.mark.parametrize("base", [0.25, 0.8])
+def test_figures_and_tables_hold_two_variants_on_and_off_the_floor(rq, base, monkeypatch):
+    models = {"a": 1e5, "a-instruct": 1e5} if rq == "rq2" else {"s": 1e5, "m": 1e6, "l": 1e7}
+    abilities = [
+        one
+        for model in models
+        for variant in ("default", "mine")
+        for name in ABILITIES
+        for one in both(benchmark=name, model=model, variant=variant, kept=0.5, base=base, orders=2)
+    ]
+    monkeypatch.setattr(inference, "abilities", lambda results: abilities)
+    about = {model: {"parameters": count} for model, count in models.items()}
+    results = SimpleNamespace(params=SimpleNamespace(edits=[0, 100], models=list(models)), manifest={"models": about})
+    with judged("figures on and off the floor"):
+        pictures = getattr(plots, rq)(results)
+        assert pictures["figure"].alt
+        assert len(tables.verdict_table(abilities))
 
 
 WAITS = """
