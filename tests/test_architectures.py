@@ -17,7 +17,7 @@ import kedit
 from kedit import KeditError
 from kedit.data.facts import bundled, bundled_zsre
 from kedit.data.requests import EditRequest
-from kedit.editors import ike, known, mend, retrieval, serac
+from kedit.editors import ike, known, mend, rag, retrieval, serac, ultraedit
 from kedit.editors.kn import attributions
 from kedit.editors.second_moments import SecondMoments
 from kedit.editors.training import ScoredText
@@ -71,7 +71,10 @@ SETTINGS = HPARAMS | LASTING | {
     "mend": {"layers": [1, 2], "rank": 8, "steps": 1, "accumulate": 2},
     "serac": {"steps": 1, "batch": 1, "scope_batch": 4},
     "ike": {"k": 8},
-}
+    "rag": {"k": 2},
+    "ultraedit": {"layers": [1, 2], "lr": 1e-4, "warmup": 6},
+    "locft": {"layer": 2, "lr": 0.03, "epochs": 60},
+}  # fmt: skip
 METHODS = [name for name in known() if name != "control"]
 
 
@@ -98,7 +101,7 @@ def few_facts(monkeypatch, encoder, tmp_path):
     for module in (mend, serac, ike):
         monkeypatch.setattr(module, "bundled", lambda split: bundled(split)[:8])
     monkeypatch.setattr(serac, "bundled_zsre", lambda split: bundled_zsre(split)[:8])
-    for module in (serac, ike):
+    for module in (serac, ike, rag):
         monkeypatch.setattr(module, "Encoder", lambda device: encoder)
 
 
@@ -215,10 +218,32 @@ def promised_by_memory(lm, editor):
         assert not any(torch.equal(own[name], weight) for name, weight in trained.items())
 
 
+def promised_by_ultraedit(lm, editor):
+    """The loss is the model's own, with a row for each token of the object; the step lowers it."""
+    texts = [editor._text(REQUEST)]
+    pairs, loss = ultraedit.read(lm, editor.modules, texts)
+    prompt, target = editor.prompt_ids(REQUEST), editor.target_ids(REQUEST)
+    assert close(-loss * len(target), plainly(lm.model, prompt, target))
+    assert all(len(h) == len(q) == len(target) for h, q in pairs)
+    editor.apply(REQUEST)
+    assert plainly(lm.model, prompt, target) > -loss * len(target)
+
+
+def promised_by_locft(lm, editor):
+    """The loss of its last epoch is that of the object and the end, before the last step, if that was one."""
+    prompt, target = editor.prompt_ids(REQUEST), [*editor.target_ids(REQUEST), lm.tokenizer.eos_token_id]
+    start = plainly(lm.model, prompt, target)
+    info = editor.apply(REQUEST).info
+    assert info["loss_before"] == pytest.approx(-start / len(target), rel=1e-3)
+    assert plainly(lm.model, prompt, target) > start + 1
+    assert info["loss"] < info["loss_before"] - 0.5
+
+
 PROMISES = {
     "nas": promised_by_anchor, "nas-memit": promised_by_anchor,
     "pmet": promised_by_pmet, "kn": promised_by_kn, "mend": promised_by_mend, "grace": promised_by_grace,
-    "serac": promised_by_memory, "ike": promised_by_memory,
+    "serac": promised_by_memory, "ike": promised_by_memory, "rag": promised_by_memory,
+    "ultraedit": promised_by_ultraedit, "locft": promised_by_locft,
 }  # fmt: skip
 FAST = ("gemma3_text", "phi3", "falcon")
 """What is unlike Llama in some way each; the rest is slow."""
@@ -308,7 +333,7 @@ def test_experts_cannot_be_edited_and_can_be_shown_edits(tokenizer):
     """A method that needs what a model lacks says so; the others work."""
     lm = LM(build("mixtral", tokenizer, num_local_experts=2), tokenizer)
     for method in METHODS:
-        if method in ("serac", "ike"):
+        if method in ("serac", "ike", "rag"):
             promised_by_memory(lm, kedit.editor(method, lm, hparams=SETTINGS[method]))
             lm.journal.reset()
             del lm.memories[method]

@@ -56,6 +56,9 @@ SETTINGS = {
     "mend": {"layers": [1, 2], "rank": 8, "steps": 1, "accumulate": 2},
     "serac": {"steps": 1},
     "ike": {"k": 8, "spread": False, "scope": 0.65},
+    "rag": {"scope": 0.65},
+    "ultraedit": {"layers": [1, 2], "lr": 1e-3, "warmup": 4},
+    "locft": {"layer": 2, "lr": 0.03, "epochs": 4},
 }
 
 

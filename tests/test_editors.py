@@ -18,6 +18,9 @@ TRAINED = {
     "mend": {"layers": [1, 2], "rank": 8, "steps": 1, "accumulate": 2},
     "serac": {"steps": 1},
     "ike": {"k": 8},
+    "rag": {"k": 2},
+    "ultraedit": {"layers": [1, 2], "lr": 1e-3, "warmup": 6},
+    "locft": {"layer": 2, "lr": 0.03, "epochs": 60},
 }
 """As little training as there can be."""
 

@@ -57,7 +57,7 @@ def test_every_parameter_file_has_a_plan(path, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "alphaedit", "encore", "nas", "nas-memit", "prune", "pmet", "kn", "mend", "ft-l", "ft-m",
-                                    "grace", "serac", "ike"])  # fmt: skip
+                                    "grace", "serac", "ike", "rag", "ultraedit", "locft"])  # fmt: skip
 @pytest.mark.parametrize("model", plan.KNOWN)
 def test_every_method_has_hyper_parameters_for_every_known_model(method, model):
     hparams = make_hparams(kind_of(method), model)

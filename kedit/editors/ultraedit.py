@@ -219,7 +219,7 @@ class UltraEdit(Editor):
             if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
                 raise EditFailed("the update is not finite")
             change = ((left.T @ left) * (right.T @ right)).sum().sqrt()
-            edit.info["relative_change"].append((change / matrix(module).norm()).item())
+            edit.info["relative_change"].append(change.item() / matrix(module).norm().item())
             edit.write(LowRank(self.lm.anatomy.name(module), left.contiguous(), right))
 
     def _factors(self, h: Tensor, q: Tensor, totals: Totals, key: str) -> tuple[Tensor, Tensor]:
