@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from joblib import cpu_count
 
 from kedit import KeditError
 from kedit.store import cache_folder, disk, runs_folder
@@ -32,8 +33,8 @@ log = logging.getLogger(__name__)
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, by its affinity and its container's quota."""
+    return cpu_count()
 
 
 def threads() -> int:

@@ -30,6 +30,8 @@ LAZY = {
     "nbconvert": "seconds to import, and only `python -m kedit report` needs it",
     "nbformat": "as nbconvert",
     "traitlets": "as papermill",
+    "transformers": "as torch",
+    "huggingface_hub": "as torch",
     "torch": "drawing figures and listing must not wait for it (workers.py; elsewhere it is at the top)",
 }
 """Libraries that a function may import, and why."""
