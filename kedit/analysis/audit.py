@@ -267,6 +267,8 @@ def figures(results: Results) -> dict[str, plots.Picture]:
             ax.set_title(what.partition(" whose search")[0] + " (search)" * (" search " in what), fontsize=6, wrap=True)
             plots._edit_axis(ax, [0, 1, 10, 100])
             plots._shares(ax)
+        for ax in axes[::3]:
+            ax.set_ylabel("share of abilities kept", fontsize=8)
         keys = [plots._key("as published", linestyle="-"), plots._key("as released", **old)]
         plots._legend(figure, [*keys, plots._key(f"study, {STUDY}", color="#555555", marker="", linestyle="-")], "", 3)
     last = rows[rows.edits == counts[-1]].assign(label=lambda frame: frame.what.str.partition(", not")[0])
@@ -274,7 +276,7 @@ def figures(results: Results) -> dict[str, plots.Picture]:
     with plots._panels(2, 2, 3.4, sharey=True) as (forest, axes):
         for ax, column, x in zip(axes, ("difference", "in_difference"), ("share kept", "edits in place"), strict=True):
             plots._forest(ax, plots._marks(last, "label", column, True))
-            ax.set_xlabel(f"{x}, as published - as released")
+            ax.set_xlabel(f"{x}: published - released", fontsize=8)
         axes[0].tick_params(axis="y", labelsize=6)
         plots._legend(forest, plots.BOTH, "")
     ends = [plots._told(last, "label", "scale", column) for column in ("difference", "in_difference")]
