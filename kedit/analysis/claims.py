@@ -69,20 +69,22 @@ def found(results: Results) -> Found:
     return list(zip(verdicts.safety(abilities), lines, strict=True))
 
 
+def runs(rq: str) -> list[Params]:
+    """The runs of a question under figures/, the deciding one first: of the most orders, then of the most edits."""
+    names = {path.parent.name for path in (kedit.ROOT / "figures" / rq).glob("*/cells.jsonl.gz")} - {"smoke"}
+    found = [Params.find(rq, name) for name in sorted(names)]
+    return sorted(found, key=lambda params: (-len(params.orders), -params.edits[-1]))
+
+
 @cache
 def committed() -> dict[tuple[str, str], tuple[Results, Found]]:
-    """(question, run) -> the results under figures/ and what they say; of a question's runs, the deciding one first.
-
-    That is the reference, where it is there, or else the default.
-    """
-    runs = {}
+    """(question, run) -> the results under figures/ and what they say; of a question's runs, the deciding one first."""
+    every = {}
     for rq in WHAT:
-        question = QUESTIONS[rq]
-        names = {path.parent.name for path in (kedit.ROOT / "figures" / rq).glob("*/cells.jsonl.gz")} - {"smoke"}
-        for name in sorted(names, key=lambda name: (name != "reference", name != question.default, name)):
-            results = Results.load(params := Params.find(rq, name), folder_of(params, "committed"))
-            runs[rq, name] = results, found(results)
-    return runs
+        for params in runs(rq):
+            results = Results.load(params, folder_of(params, "committed"))
+            every[rq, params.name] = results, found(results)
+    return every
 
 
 def title(rq: str) -> str:

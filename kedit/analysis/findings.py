@@ -14,6 +14,7 @@ from scipy import stats
 from kedit import KeditError
 from kedit.analysis import consistency, inference, verdicts
 from kedit.analysis.audit import over_orders
+from kedit.analysis.claims import runs
 from kedit.analysis.inference import Estimate
 from kedit.analysis.published import share_kept
 from kedit.analysis.questions import QUESTIONS
@@ -32,17 +33,13 @@ CLAIMED = {
 
 
 def committed(rq: str) -> Results:
-    """The committed run that decides a question: the reference, or else the default.
+    """The committed run that decides a question (``claims.runs``).
 
     Raises:
-        KeditError: there is neither.
+        KeditError: there is none.
     """
-    for name in ("reference", QUESTIONS[rq].default):
-        try:
-            return results(Params.find(rq, name), "committed")
-        except KeditError as error:
-            reason = error
-    raise reason
+    names = runs(rq) or [Params.find(rq, QUESTIONS[rq].default)]
+    return results(names[0], "committed")
 
 
 def ours(run: Results) -> list[Verdict]:
