@@ -123,7 +123,7 @@ def test_a_run_with_a_name_of_its_own_is_found_again(tmp_path, monkeypatch, open
 
 
 def test_wrong_parameters_are_one_sentence(opened):
-    with pytest.raises(KeditError, match="there is no such parameter file; there are: gpt2-xl"):
+    with pytest.raises(KeditError, match="there is no such parameter file; there are: five-orders, "):
         opened("rq1", {"name": "nothing"})
     with pytest.raises(KeditError, match="limit is True; it must be a number of items"):
         opened("rq1", {"limit": True})
