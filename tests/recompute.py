@@ -24,6 +24,7 @@ from statsmodels.stats.multitest import multipletests
 BENCHMARKS = Path(__file__).parents[1] / "kedit" / "evaluation" / "benchmarks"
 CHECKPOINT = ["model", "method", "variant", "order", "edits"]
 LEVEL = 0.05
+NOISE = 1e-3  # of an item's number: rounding of log-likelihoods
 MARGIN = 0.10  # in share kept of what is above chance, and of the share of an answer
 LOG_ODDS_MARGIN = np.log(0.6 / 0.4)  # ten points from even odds
 EDIT_METRICS = ("reliability", "generalisation", "locality")
@@ -212,7 +213,7 @@ class Scores:
     def unchanged(self) -> bool:
         """No item's outcome moved; of areas, no item changed places with one of the other class."""
         base, edited = self.influence()
-        return bool((edited == base).all())
+        return bool((np.abs(edited - base) <= NOISE).all())
 
 
 def compare(base: pd.DataFrame, edited: list[pd.DataFrame], benchmark: str) -> dict[str, Scores]:
