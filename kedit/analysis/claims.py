@@ -151,12 +151,13 @@ def claims() -> pd.DataFrame:
 # Should I edit? -----------------------------------------------------------------------------------
 
 SAID = {
-    "yes": "**Yes**, as far as this goes: {}. Edits stay, other wordings are answered, and the loss of a tenth of the "
-    "abilities asked is excluded.",
-    "costs": "**At a price**, the ability named: {}. Edits stay, and other wordings are answered.",
-    "open": "**Undecided**: {}. Edits stay, but the loss of a tenth of the abilities cannot be excluded.",
-    "words": "**Only for the very words of the edit**: {}. Other wordings are answered as before.",
-    "no": "**No**: {}. Edits do not stay.",
+    "yes": "**Abilities kept, within a tenth of their mean on both scales**: {}. The new object is preferred, in other "
+    "wordings too. A single ability may have lost more (CLAIMS.md), and the table says how often the model says it.",
+    "costs": "**At a price**, the ability named: {}. The new object is preferred, in other wordings too.",
+    "open": "**Undecided**: {}. The new object is preferred, but the loss of a tenth of the abilities' mean cannot be "
+    "excluded.",
+    "words": "**Only for the very words of the edit**: {}. In other wordings no more than half of the way is gone.",
+    "no": "**No**: {}. After the last edit too few of them are in place.",
 }
 """What a method comes to -> the sentence about those that do."""
 
@@ -168,7 +169,8 @@ def _rq1() -> Results:
 def methods() -> pd.DataFrame:
     """A row a method of RQ1's deciding run, at its last checkpoint: what one gets, what it costs, a key of ``SAID``.
 
-    Other wordings are answered if generalisation is at least half-way between the unedited model's and 1.
+    The new object is preferred in other wordings if generalisation is at least half-way between the unedited model's
+    and 1. *Said* is what free generation begins with: a model may prefer the new object to the old one and say neither.
     """
     results = _rq1()
     abilities = inference.abilities(results)
@@ -186,11 +188,19 @@ def methods() -> pd.DataFrame:
         row = {"method": first.label + f" ({lost})" * bool(lost), "kind": kind if first.editing else "no"}
         for metric, name in ASKED.items():
             row[name] = shown(*own.loc[metric, ["value", "ci_low", "ci_high"]])
-        rows.append(row | {"abilities kept": str(first.kept)})
+        rows.append(row | {f"kept, {NAMES[each.scale]}": str(each.kept) for each in both.itertuples()})
     return pd.DataFrame(rows)
 
 
-ASKED = {"reliability": "edits in place", "generalisation": "other wordings", "locality": "neighbours unharmed"}
+ASKED = {
+    "reliability": "edit preferred",
+    "reliability_generated": "edit said",
+    "generalisation": "other wordings preferred",
+    "generalisation_generated": "other wordings said",
+    "locality": "neighbours unharmed",
+    "locality_generated": "neighbours still said",
+}
+"""Metric of edit success -> its column."""
 
 
 def decision() -> str:
@@ -198,7 +208,9 @@ def decision() -> str:
     params, table = _rq1().params, methods()
     orders = len(params.orders)
     hedge = f"; {orders} order{'s' * (orders > 1)} of edits, where a verdict takes {FEW}" if orders < FEW else ""
-    text = f"After {params.edits[-1]} edits of {params.models[0]}, one on top of the other{hedge}:\n\n"
+    text = (
+        f"After {params.edits[-1]} edits of {params.models[0]}, one on top of the other{hedge} (safety is RQ5's):\n\n"
+    )
     for kind, sentence in SAID.items():
         if len(some := table[table.kind == kind]):
             text += f"- {sentence.format(', '.join(some.method))}\n"
