@@ -140,4 +140,4 @@ def test_every_function_fits_on_a_screen():
 
 def test_the_package_does_not_grow():
     """The goal is 5,000 lines of code; whoever comes below lowers the bar here."""
-    assert sum(len(lines(module)) for module in FILES) <= 8244
+    assert sum(len(lines(module)) for module in FILES) <= 8242

@@ -12,13 +12,11 @@ import pandas as pd
 from scipy import stats
 
 from kedit import KeditError
-from kedit.analysis import consistency, inference, verdicts
+from kedit.analysis import claims, consistency, inference
 from kedit.analysis.audit import over_orders
-from kedit.analysis.claims import runs
 from kedit.analysis.inference import Estimate
 from kedit.analysis.published import share_kept
 from kedit.analysis.questions import QUESTIONS
-from kedit.analysis.verdicts import Verdict
 from kedit.study.notebook import results
 from kedit.study.params import Params
 from kedit.study.results import Results
@@ -38,20 +36,8 @@ def committed(rq: str) -> Results:
     Raises:
         KeditError: there is none.
     """
-    names = runs(rq) or [Params.find(rq, QUESTIONS[rq].default)]
+    names = claims.runs(rq) or [Params.find(rq, QUESTIONS[rq].default)]
     return results(names[0], "committed")
-
-
-def ours(run: Results) -> list[Verdict]:
-    """The verdicts of a run of one of the five questions."""
-    abilities = inference.abilities(run)
-    return {
-        "rq1": lambda: [verdicts.number_of_edits(abilities)],
-        "rq2": lambda: [verdicts.instruction_tuning(abilities, inference.pairs(run.params.models))],
-        "rq3": lambda: [verdicts.model_scale(abilities, inference.sizes(run))],
-        "rq4": lambda: [verdicts.ability_aspects(abilities)],
-        "rq5": lambda: verdicts.safety(abilities),
-    }[run.params.rq]()
 
 
 # What the published numbers support ------------------------------------------------------------------
@@ -125,7 +111,7 @@ def findings() -> pd.DataFrame:
         try:
             run = committed(rq)
             largest = max(inference.sizes(run).values())
-            text = " ".join(map(str, ours(run)))
+            text = " ".join(str(verdict) for verdict, _ in claims.found(run))
             row |= {"our runs": f"{run.params.rq}/{run.params.name}: {text}"}
             row |= {"not tested here": f"models above {largest / 1e6:.3g}M parameters, and the study's benchmarks"}
         except KeditError as error:
